@@ -38,6 +38,8 @@ LONGEST_FIRST = [
 
 
 def pytest_configure(config):
+    if getattr(config.option, "dist", "") == "load":  # as with -n alone: whole files all the same,
+        config.option.dist = "loadfile"  # for each worker would make what the tests of a file share
     if hasattr(config.option, "loadscopereorder"):  # of xdist: else the file with most tests first
         config.option.loadscopereorder = False
 

@@ -19,7 +19,7 @@ from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_vtp_images, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
-from tests.helpers.tiny import TINY_MODEL
+from tests.helpers.tiny import FOUR_STEPS, TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -189,10 +189,10 @@ def test_a_config_trains_and_draws(path, tmp_path, capsys):
     pipeline, stored = load_pipeline(config.run_dir, "cpu")
     assert stored == config
     if config.model.conditioning == "none":
-        pixels = pipeline(["a red star"], 48, 32, config.video.num_frames)
+        pixels = pipeline(["a red star"], 48, 32, config.video.num_frames, FOUR_STEPS)
     else:
         small = torch.rand(1, config.video.num_frames, 3, 16, 32)
-        pixels = pipeline.refine(small, ["a red star"], 48, 32, 0.1)
+        pixels = pipeline.refine(small, ["a red star"], 48, 32, 0.1, FOUR_STEPS)
     assert (
         pixels.shape == (1, config.video.num_frames, 3, 32, 48)
         and pixels.isfinite().all()

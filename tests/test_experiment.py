@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,7 @@ from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import kept_no_longer
 from mmdit.training.metrics import MetricsLog
-from mmdit.training.pipeline import SampleSettings
-from tests.helpers.tiny import Workshop, refused
+from tests.helpers.tiny import FOUR_STEPS, Workshop, refused
 
 PROMPTS = ["a large red star on a navy background", "blue"]
 
@@ -46,7 +46,7 @@ def tensors(run):
 
 
 def draw(pipeline, frames=1):
-    return pipeline(PROMPTS, 48, 32, frames, SampleSettings(seed=3))
+    return pipeline(PROMPTS, 48, 32, frames, replace(FOUR_STEPS, seed=3))
 
 
 # ── runs ──────────────────────────────────────────────────────────────────────────────────────────
@@ -642,7 +642,7 @@ def test_a_pipeline_draws_what_the_learner_says(shop):
     )
     assert tokenizer.spec.scale == 3
     torch.testing.assert_close(
-        pipeline.latents(PROMPTS, 48, 32, 1, SampleSettings(cfg_scale=1.0)),
+        pipeline.latents(PROMPTS, 48, 32, 1, replace(FOUR_STEPS, cfg_scale=1.0)),
         truth,
         rtol=0,
         atol=1e-5,

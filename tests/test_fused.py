@@ -2,37 +2,23 @@
 and all gradients."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from mmdit.nn import kernels
-
-
-def interpreted(*words: str) -> str:
-    """What a process prints that runs the kernels on a CPU."""
-    pytest.importorskip("triton")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+from tests.helpers.interpreter import interpreted
 
 
 # The other cases: tests/drivers/fused_kernels.py, also for GPUs.
 @pytest.mark.parametrize("case", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7, 8))])
-def test_whole_models_agree_with_the_plain_path(case):
-    script = Path(__file__).parent / "drivers" / "fused_kernels.py"
-    assert json.loads(interpreted(str(script), "--cases", str(case)))["fused_to_plain"] < 2e-5
+def test_whole_models_and_attention_to_text_agree_with_the_plain_path(case):
+    """Attention to text by one program and by several."""
+    words = ["--cases", str(case)]
+    lines = interpreted(f"from tests.drivers import fused_kernels; fused_kernels.main({words})")
+    apart = {row["case"]: row["fused_to_plain"] for row in map(json.loads, lines.splitlines())}
+    assert len(apart) == 3 and max(apart.values()) < 2e-5, apart
 
 
 OWN = {
@@ -129,31 +115,6 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(which, sizes):
     assert (
         made.asm["cubin"] and made.metadata.shared <= 99 * 1024
     )  # what a program may have on any GPU since the A100
-
-
-TEXT = """
-import torch, torch.nn.functional as F
-from mmdit.nn.fused.attention_kernels import text_attention
-for queries in (70, 300):  # of one program and of two
-    valid = torch.arange(5) < torch.tensor([[3], [5]])
-    def grads(attend):
-        torch.manual_seed(0)
-        q, k, v = leaves = [torch.randn(2, n, 64, requires_grad=True) for n in (queries, 5, 5)]
-        attend(q, k, v).square().sum().backward()
-        return [leaf.grad for leaf in leaves]
-    found = grads(lambda q, k, v: text_attention(q, k, v, valid, [], 2))
-    heads = lambda x: x.unflatten(-1, (2, 32)).transpose(1, 2)
-    mask = valid[:, None, None]
-    def plain(q, k, v):
-        attended = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), mask)
-        return attended.transpose(1, 2).flatten(2)
-    expected = grads(plain)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-"""
-
-
-def test_attention_to_text_is_the_same_by_one_program_and_by_several():
-    interpreted("-c", TEXT)
 
 
 def test_a_compiled_block_launches_the_kernels_itself(monkeypatch):

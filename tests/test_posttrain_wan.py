@@ -26,6 +26,7 @@ from mmdit.interfaces import Boundary, LatentSpec, TextEncoder, TextTokens
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_denoiser import WanDenoiser
 from mmdit.nn.experts import Experts
+from mmdit.posttrain import stop_rules
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.posttrain_config import PosttrainConfig, RatioConfig, RolloutConfig, SRPOConfig
 from mmdit.posttrain.prompt_lists import Prompts
@@ -306,6 +307,7 @@ def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(
     capsys,
 ):
     monkeypatch.chdir(path.parents[2])
+    monkeypatch.setattr(stop_rules, "PROBES", 2)
     shipped = load_experiment_config(path)
     expert, settings = shipped.model.expert, shipped.posttrain
     release = make_release(
@@ -332,6 +334,8 @@ def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(
         "posttrain.dpo.batch=1",
         f"train.max_steps={settings.updates_per_epoch}",
     ]
+    if not settings.rollout.sde_steps:  # those of a recipe that names them must be there
+        words.append("posttrain.rollout.steps=4")
     given = ["--config", str(path), "--device", "cpu", *words]
     assert posttrain.main([*given, "--dry-run"]) == 0
     told = capsys.readouterr().out

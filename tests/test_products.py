@@ -1,8 +1,5 @@
 """Products of 8-bit floats: what they round, what they leave exact, and where they serve."""
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +20,7 @@ from mmdit.nn import kernels, products
 from mmdit.nn.products import Float8Linear, codes, joinable, joined, multiply
 from mmdit.nn.stored_weights import store
 from mmdit.training.memory.offload import Streamer
+from tests.helpers.interpreter import interpreted
 from tests.helpers.wan_release import config_text, make_release
 
 SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
@@ -394,14 +392,4 @@ assert torch.equal(found.float(), whole)
 
 
 def test_the_kernel_rounds_as_the_plain_code_does():
-    pytest.importorskip("triton")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpreted(KERNEL)

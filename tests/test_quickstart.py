@@ -67,11 +67,11 @@ def with_short_clips(*words) -> tuple[Pipeline, ExperimentConfig]:
 def finished(tmp_path_factory):
     """One small run in an empty folder."""
     folder, patch = tmp_path_factory.mktemp("quickstart"), pytest.MonkeyPatch()
-    plan = Plan(images=64, train_seconds=1.0, max_steps=100, batch_size=8, count=8, video_count=2)
+    plan = Plan(images=64, train_seconds=1.0, max_steps=30, batch_size=8, count=8, video_count=2)
     patch.setattr(quickstart.Plan, "for_device", staticmethod(lambda device: plan))
     patch.setattr(quickstart, "DATA", folder / "data")
     patch.setattr(quickstart, "OUT", folder / "runs" / "quickstart")
-    patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=100"])
+    patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=30"])
     patch.setattr(quickstart.SampleSettings, "of", half_the_steps)
     patch.setattr(quickstart, "load_pipeline", with_short_clips)
     threads = torch.get_num_threads()

@@ -34,7 +34,7 @@ from mmdit.scripts import (
 from mmdit.scripts.parsers import parser_of
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import read_back
-from tests.helpers.tiny import Workshop, refused
+from tests.helpers.tiny import FOUR_STEPS, Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -572,7 +572,7 @@ def test_an_export_of_half_size_draws_the_same_within_its_precision(
     monkeypatch.chdir(tmp_path)
     for source in (base, file):
         pipeline, _ = load_pipeline(source, "cpu")
-        pictures[source] = pipeline(["a red star", "a blue ring"], 48, 32, 2)
+        pictures[source] = pipeline(["a red star", "a blue ring"], 48, 32, 2, FOUR_STEPS)
     difference = (pictures[file] - pictures[base]).abs().mean().item()
     assert 0 < difference < most / 16
     words = ["--checkpoint", str(file), "--device", "cpu", "--count", "2", "--out", "report.json"]

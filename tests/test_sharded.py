@@ -34,8 +34,7 @@ from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Stored
 from mmdit.training.muon import GatheredMuon, StackedMuon
 from mmdit.training.parallel import ParallelConfig, shard, wrap
-from mmdit.training.pipeline import SampleSettings
-from tests.helpers.tiny import Workshop, forget_sums
+from tests.helpers.tiny import FOUR_STEPS, Workshop, forget_sums
 from tests.test_trainer import SPEC, learner, run_ranks, trained
 
 ADAPTERS = [
@@ -326,9 +325,7 @@ def test_a_run_reduces_as_its_config_says(shop):
 
 def test_one_process_samples_exports_and_goes_on(shop):
     run = shop.folder / "runs/adapters"
-    draw = lambda path: load_pipeline(path, "cpu")[0](
-        ["a red ring"], 48, 32, 1, SampleSettings(seed=1)
-    )
+    draw = lambda path: load_pipeline(path, "cpu")[0](["a red ring"], 48, 32, 1, FOUR_STEPS)
     torch.testing.assert_close(
         draw(run), draw(shop.folder / "runs/adapters_alone"), rtol=0, atol=1e-5
     )

@@ -3,10 +3,7 @@ that commands the terminal."""
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,30 +91,12 @@ def test_every_command_begins_in_the_one_place_that_makes_its_output_plain():
 def test_a_command_writes_into_a_legacy_pipe(tmp_path):
     """What Windows does when output is redirected; the message of the error holds a letter that
     cp1252 lacks."""
-    env = os.environ | {
-        "PYTHONIOENCODING": "cp1252",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'VTP'}",
-    }
-    command = [sys.executable, "-m", "mmdit.scripts.prepare_moving_shapes"]
-    done = subprocess.run(
-        [
-            *command,
-            "--out_dir",
-            str(tmp_path / "→"),
-            "--count",
-            "2",
-            "--width",
-            "32",
-            "--height",
-            "32",
-        ],
-        env=env,
-        capture_output=True,
-        timeout=100,
-    )
-    assert done.returncode == 0 and b"\\u2192" in done.stdout, done.stderr
+    command = ["-m", "mmdit.scripts.prepare_moving_shapes"]
+    words = ["--out_dir", tmp_path / "→", "--count", "2", "--width", "32", "--height", "32"]
+    done = warm.run(*command, *words, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0 and "\\u2192" in done.stdout, done.stderr
     words = ["--out_dir", tmp_path, "--split", "\x1b[2J→"]
-    done = warm.run(*command[1:], *words, PYTHONIOENCODING="cp1252")
+    done = warm.run(*command, *words, PYTHONIOENCODING="cp1252")
     assert done.returncode == 2 and "invalid choice" in done.stderr and "\x1b" not in done.stderr
 
 

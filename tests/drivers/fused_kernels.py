@@ -1,5 +1,5 @@
-"""The fused kernels against the plain path: outputs and all gradients of whole models. Prints a
-JSON line a case.
+"""The fused kernels against the plain path: outputs and all gradients of whole models, and
+gradients of attention to text by one program and by several. Prints a JSON line a case.
 
 TRITON_INTERPRET=1 python -m tests.drivers.fused_kernels on a CPU, float32 python -m
 tests.drivers.fused_kernels --device cuda on a GPU: float32, and bfloat16 products python -m
@@ -11,6 +11,8 @@ import argparse
 import json
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmdit.interfaces import TextTokens
 from mmdit.models.routing import TreadConfig
@@ -90,14 +92,41 @@ def run(
     return {"output": out.detach(), "input": x.grad, **gradients}
 
 
-def main() -> None:
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return the largest difference of two tensors of one name, relative to the size of `b`'s."""
+    return max((a[key] - b[key]).norm().item() / (b[key].norm().item() + 1e-12) for key in b)
+
+
+def attention_to_text(queries: int, device: torch.device) -> float:
+    """Return how far the gradients of the kernel are from those of plain attention."""
+    valid = torch.arange(5, device=device) < torch.tensor([[3], [5]], device=device)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, length, 64, generator=generator) for length in (queries, 5, 5)]
+
+    def gradients(attend) -> dict[str, Tensor]:
+        q, k, v = (leaf.to(device, copy=True).requires_grad_() for leaf in leaves)
+        attend(q, k, v).square().sum().backward()
+        return {"q": q.grad, "k": k.grad, "v": v.grad}
+
+    def plain(*tensors: Tensor) -> Tensor:
+        heads = [x.unflatten(-1, (2, 32)).transpose(1, 2) for x in tensors]
+        attended = F.scaled_dot_product_attention(*heads, valid[:, None, None])
+        return attended.transpose(1, 2).flatten(2)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.attention.text_attention(q, k, v, valid, [], 2)
+
+    return distance(gradients(fused), gradients(plain))
+
+
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     device = torch.device(args.device)
     if device.type == "cpu":
         assert kernels.INTERPRETED, "set TRITON_INTERPRET=1: Triton compiles for GPUs only"
@@ -105,6 +134,9 @@ def main() -> None:
     kernels.check_device(device)
     # so that a program has several tokens of these small clips
     kernels.residual.LAYOUTS = {512: (4, 4, 3, 4)}
+    for queries in (70, 300):  # of one program and of two
+        row = {"case": f"{queries} queries to text"}
+        print(json.dumps(row | {"fused_to_plain": attention_to_text(queries, device)}), flush=True)
     for name, case in (list(CASES.items())[number] for number in args.cases):
         for autocast in (False, True)[: 1 + (device.type == "cuda")]:
             plain, fused = (
@@ -112,15 +144,12 @@ def main() -> None:
                 run(case, device, autocast, True, args.compile),
             )
             exact = run(case, device, False, False)
-            apart = lambda a, b: max(
-                (a[key] - b[key]).norm().item() / (b[key].norm().item() + 1e-12) for key in b
-            )
             rows = {
                 "case": name,
                 "autocast": autocast,
-                "fused_to_plain": apart(fused, plain),
-                "fused_to_exact": apart(fused, exact),
-                "plain_to_exact": apart(plain, exact),
+                "fused_to_plain": distance(fused, plain),
+                "fused_to_exact": distance(fused, exact),
+                "plain_to_exact": distance(plain, exact),
             }
             assert plain.keys() == fused.keys()
             print(json.dumps(rows), flush=True)

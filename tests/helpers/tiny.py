@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdit.diffusion import SamplerConfig
 from mmdit.scripts import cache_moving_shapes, train_t2v
 from mmdit.training import checkpoint
+from mmdit.training.pipeline import SampleSettings
 
+FOUR_STEPS = SampleSettings(SamplerConfig(steps=4))  # of the default 50, which tell no more here
 TOKENIZER = "tokenizer={type: dummy, latent_d: 8}"
 TINY_MODEL = [
     TOKENIZER,

@@ -131,7 +131,7 @@ def draw(draws: Draws, which: Tensor) -> Tensor:
 
 
 @lru_cache
-def pretrained(steps: int = 1500) -> Learner:
+def pretrained(steps: int = 600) -> Learner:
     torch.manual_seed(0)
     objective = FlowMatching(FlowMatchingConfig())
     learner = Learner(Net(), Words(), objective, Glass.spec)

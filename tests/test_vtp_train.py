@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from vtp.models import VTPModel
+from vtp.models.pretrained import write_checkpoint
 from vtp.pixels import denormalize, normalize
 from vtp.tokenizers import ByteTokenizer
 
@@ -501,6 +502,17 @@ def test_a_frozen_encoder_keeps_latents_and_statistics_and_so_caches_and_models(
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"pixel_decoder"}
+
+
+def test_a_further_stage_begins_with_a_teacher_that_knows_what_the_student_knows(tmp_path):
+    config = configured(tmp_path / "b", semantic=True)
+    start = VTPModel(configured(tmp_path).network())
+    write_checkpoint(tmp_path / "a", start.config.to_dict(), start.state_dict())
+    learner = TokenizerTrainer(replace(config, init_from=str(tmp_path / "a")), CPU).learner
+    teacher = learner.self_supervision.teacher_trunk.state_dict()
+    for name, value in start.trunk.state_dict().items():
+        assert torch.equal(teacher[name], value)
+        assert torch.equal(learner.model.trunk.state_dict()[name], value)
 
 
 def test_unused_losses_are_not_built():

@@ -62,6 +62,8 @@ class TokenizerTrainer:
                 config.init_from,
                 fresh=lambda name: name not in start,
             )
+            if self.learner.self_supervision is not None:
+                self.learner.self_supervision.begin_from(self.learner.model.trunk)
         train, self.parts = config.train, self.learner.generator_parts()
         self.optimizer = build_optimizer(
             self.parts, train.lr, train.weight_decay, (0.9, train.beta2)

@@ -103,6 +103,10 @@ class SelfSupervision(nn.Module):
         self.teacher_trunk = copy.deepcopy(trunk).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
 
+    def begin_from(self, trunk: nn.Module) -> None:
+        """Give the teacher the student's weights, where these were replaced since it was made."""
+        self.teacher_trunk.load_state_dict(trunk.state_dict())
+
     def loss(
         self, trunk: DinoVisionTransformer, images: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor]:

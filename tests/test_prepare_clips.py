@@ -280,6 +280,11 @@ def test_other_settings_are_told_and_need_no_film(films, capsys, monkeypatch):
     assert "→" not in capsys.readouterr().out
 
 
+def test_no_clip_at_all_is_no_success(films, capsys):
+    assert prepare_clips.main(words(films, "--min_seconds", "40", "--max_seconds", "99")) == 2
+    assert "no clip is left" in capsys.readouterr().out
+
+
 def test_another_film_of_the_same_name_is_told_and_measured_anew(films, capsys):
     prepare_clips.main(words(films))
     write(coloured(scene(7, 100)), films.parent / "two.mp4")

@@ -281,7 +281,7 @@ def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
     words = ["--checkpoint", "x", "--prompts", "a", "train.sample_negative_prompt=ugly blurry"]
     refused(capsys, sample.main, words, "reads like an override")
     two = ["--lora", "a", "--lora", "b", "--checkpoint", "x"]
-    refused(capsys, sample.main, two, "--lora: is given twice, a and b")
+    refused(capsys, sample.main, two, "--lora: is given twice, and the first would be lost")
 
 
 def test_sheets_stay_within_their_bounds(monkeypatch):

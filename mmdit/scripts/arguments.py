@@ -7,7 +7,7 @@ from typing import get_args
 
 from mmdit.diffusion import Solver
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.scripts.parsers import Once, at_least
+from mmdit.scripts.parsers import at_least
 from mmdit.terminal import typed_text
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import SampleSettings
@@ -114,12 +114,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lora",
-        action=Once,
         help="LoRA file of any format, laid over the model (of a pair: over the high-noise expert)",
     )
-    parser.add_argument(
-        "--lora_low", action=Once, help="LoRA file for the low-noise expert of a pair"
-    )
+    parser.add_argument("--lora_low", help="LoRA file for the low-noise expert of a pair")
     parser.add_argument(
         "--lora_strength",
         type=number,

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable
 from mmdit.config import MOST_INT
 
 MAY_BE_EMPTY = ("--negative", "--prompts")  # the empty prompt is one
+ONCE = (  # what names things that are read: of two only the last would be
+    *("config", "meta_jsonl", "folder", "cache_dir", "checkpoint", "prompts", "prompts_file"),
+    *("runs", "samples", "real", "held_out", "base", "adapter", "lora", "lora_low", "refine"),
+)
 
 
 class ParserShown(Exception):
@@ -20,9 +24,10 @@ class ParserShown(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that can be looked at: see `parser_of`. It refuses numbers beyond 64 bits, and
-    values of nothing, which a variable of the shell leaves that was not set: a command would read
-    or write the working directory, or do without what was asked for."""
+    """A parser that can be looked at: see `parser_of`. It refuses numbers beyond 64 bits,
+    what is given twice of which one would be lost, and values of nothing, which a variable of the
+    shell leaves that was not set: a command would read or write the working directory, or do
+    without what was asked for."""
 
     SHOW: list[str] = []  # this very list, given as arguments, asks for the parser
 
@@ -34,6 +39,11 @@ class CommandParser(argparse.ArgumentParser):
         if args is self.SHOW:
             raise ParserShown(self)
         words = sys.argv[1:] if args is None else [str(word) for word in args]
+        known, names = self._option_string_actions, [word.partition("=")[0] for word in words]
+        given = [known[name].dest for name in names if name in known]
+        for name in ONCE:
+            if given.count(name) > 1:
+                self.error(f"argument --{name}: is given twice, and the first would be lost")
         for before, word in zip(["", *words], words, strict=False):
             option = word.removesuffix("=") if word else before
             empty = option != word and option.startswith("--") and "=" not in option
@@ -74,18 +84,6 @@ def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParse
 def typed(name: str, argv: list[str] | None) -> str:
     """Return the command `mmdit NAME …` as it can be typed again; `argv` as `main` was given it."""
     return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])
-
-
-class Once(argparse.Action):
-    """Stores the value of an option, and refuses a second one, of which the first would be lost."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        if before is not None:
-            parser.error(
-                f"argument {option_string}: is given twice, {before} and {values}; one can be used"
-            )
-        setattr(namespace, self.dest, values)
 
 
 def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:

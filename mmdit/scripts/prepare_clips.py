@@ -5,6 +5,7 @@ names some frames of its film.
 
 Hard cuts, dissolves and fades are found by how much frames differ. Stop it at any time: the same
 command goes on. Run again with other settings, it cuts anew what is measured already, in seconds.
+Exit code 2: no clip is left.
 """
 
 from pathlib import Path
@@ -74,8 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     if report.interrupted:
         print("interrupted: what is measured stays; the same command goes on from there")
         return 130
-    if report.clips:
-        print(f"next: mmdit prepare-captions --meta_jsonl {out} --model FOLDER --out_dir …")
+    if not report.clips:
+        return 2
+    print(f"next: mmdit prepare-captions --meta_jsonl {out} --model FOLDER --out_dir …")
     return 0
 
 

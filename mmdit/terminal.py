@@ -83,7 +83,17 @@ class PlainStream:
 
 
 def install() -> None:
-    """Make stdout and stderr plain, for the rest of the process."""
+    """Make stdout and stderr plain, for the rest of the process. Streams that are closed lead
+    nowhere: what is opened next must not get their numbers, for libraries print to these."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        place: str | int = os.devnull
+        try:
+            os.fstat(number)  # it is something else by now
+        except OSError:
+            place = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+        setattr(sys, name, open(place, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, PlainStream):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mmdit.scripts import inspect_data, inspect_weights, prepare_moving_shapes, train_t2v
-from mmdit.terminal import PlainStream, message_of, plain, shown
+from mmdit.terminal import PlainStream, install, message_of, plain, shown
 from tests.helpers import warm
 from tests.helpers.tiny import Workshop, refused
 
@@ -32,6 +32,23 @@ def test_control_characters_are_shown_and_letters_of_every_script_stay():
     for text in ("猫 → ü … 𝕏 👩\u200d🚀", "two\nlines\tand a tab"):
         assert plain(text) == text
     assert shown("a\nb\tc\rd") == "a\\nb\\tc\\x0dd"
+
+
+def test_closed_streams_lead_nowhere_and_give_their_numbers_to_no_file(tmp_path):
+    """As a job has them that was started with `>&- 2>&-`."""
+    child = os.fork()
+    if not child:
+        try:
+            os.closerange(0, 3)
+            sys.stdin = sys.stdout = sys.stderr = None
+            install()
+            for _ in tqdm(range(2)):  # which needs a stream
+                print("said", file=sys.stderr)
+            handle = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+            os._exit(0 if handle > 2 and sys.stdin.read() == "" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "latin-1", "ascii"])

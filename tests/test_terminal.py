@@ -3,7 +3,9 @@ that commands the terminal."""
 
 import io
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest

@@ -72,8 +72,6 @@ def media_records(source: str | Path, frames: int) -> list[Record]:
     """Return what `source` holds, in a fixed order: the lines of a JSONL file; the pictures below a
     folder; with `frames > 1`, or if there are none, its video files, animations and folders of
     frames. ValueError: nothing."""
-    if not str(source):
-        raise ValueError("a folder or a JSONL file has an empty name; write . for this folder")
     source = expanded(source)
     if source.suffix == ".jsonl":
         return read_records(source, media_of(source))

@@ -91,6 +91,8 @@ def test_copies_are_seen_and_fresh_samples_are_not():
     copied = copy_scores(nearest(half), nearest(held_out))
     assert copied["closer"] > 0.7 and copied["suspicious"] >= 0.5
     assert copy_scores(nearest(training[:7]), nearest(held_out))["identical"] == 7
+    rounded = copy_scores(torch.tensor([0.0, 4e-5, 0.1]), torch.tensor([20.0, 21.0, 22.0]))
+    assert rounded["identical"] == 2
     assert honest["control_distances"]["count"] == 200
 
 

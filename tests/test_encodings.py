@@ -21,7 +21,7 @@ def unnamed(tree: ast.AST):
             if isinstance(called.value, ast.Name) and called.value.id in FOREIGN:
                 continue
             name, mode = called.attr, given[0] if given else None
-        elif isinstance(called, ast.Name):
+        elif isinstance(called, ast.Name) and called.id != "read_text":  # of mmdit.files: UTF-8
             name, mode = called.id, given[1] if len(given) > 1 else None
         else:
             continue

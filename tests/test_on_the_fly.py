@@ -17,7 +17,7 @@ from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer
-from mmdit.tokenizers.vtp import VTPTokenizerConfig
+from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from tests.helpers.tiny import Workshop, refused
 from tests.test_cache import MeanPixels, run, write_meta
 from tests.test_clip_plan import Joining
@@ -73,7 +73,9 @@ def compare(meta, out, tokenizer, video, size=4, **settings):
     for a, b in pairs:
         assert a.ids == b.ids and a.captions == b.captions and a.facts == b.facts
         assert torch.equal(a.crops, b.crops) and b.latents.dtype == torch.float16
-        assert torch.equal(a.latents, b.latents)
+        # a network rounds a picture otherwise in a batch of another size
+        rounding = 1e-3 if isinstance(tokenizer, VTPTokenizer) else 0
+        torch.testing.assert_close(a.latents, b.latents, rtol=rounding, atol=rounding)
     assert len({batch.latents.shape for batch, _ in pairs}) > 1 or size == 2
     return items
 

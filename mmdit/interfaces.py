@@ -395,6 +395,11 @@ class ModelSection(Section):
         """Return the times that the network serves."""
         return 0.0, 1.0
 
+    def without_part(self) -> dict[str, tuple[str, ...]]:
+        """Return the keys of this section that its other keys leave without a part in training, by
+        the reason."""
+        return {}
+
     @property
     def depth(self) -> int | None:
         """Return the number of blocks, None where the release says it."""

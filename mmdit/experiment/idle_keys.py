@@ -23,7 +23,7 @@ def idle_keys(config: ExperimentConfig) -> list[str]:
 
 def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield why, in which section, and which keys of it (none: all) have no part."""
-    train, model, experts = config.train, config.model, config.experts
+    train, experts = config.train, config.experts
     for section in ("bucketing", "tread", "lora", "alpha_schedule", "experts", "ema"):
         if not getattr(config, section).enabled:
             yield f"{section}.enabled is false", section, ()
@@ -33,13 +33,8 @@ def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]
         yield "train.lr_schedule is constant", "train", ("lr_final",)
     if not train.val_every_steps:
         yield "train.val_every_steps is 0", "train", ("val_share", "val_samples")
-    if not getattr(model, "checkpointing", True):
-        yield "model.checkpointing is false", "model", ("checkpoint_every",)
-    if not getattr(model, "temporal_position", True):
-        names = ("joint_position", "frame_step")
-        yield "model.temporal_position is false: frames have no number", "model", names
-    if model.conditioning == "none":
-        yield "model.conditioning is none", "model", ("augmentation",)
+    for reason, names in config.model.without_part().items():
+        yield reason, "model", names
     if experts.enabled and len(experts.trained) == 1:
         yield f"experts.train is {experts.train}", "experts", ("routing", "switch_every")
     elif experts.enabled and experts.routing == "by_sigma":

@@ -179,6 +179,18 @@ class VideoMMDiTConfig(ModelSection):
         hidden = MLPS[self.mlp].hidden(self.dim, self.mlp_ratio)
         return {"dim": self.dim, "dim · mlp_ratio": hidden}
 
+    def without_part(self) -> dict[str, tuple[str, ...]]:
+        rows = (
+            (self.checkpointing, "model.checkpointing is false", ("checkpoint_every",)),
+            (
+                self.temporal_position,
+                "model.temporal_position is false: frames have no number",
+                ("joint_position", "frame_step"),
+            ),
+            (self.conditioning != "none", "model.conditioning is none", ("augmentation",)),
+        )
+        return {reason: keys for has_part, reason, keys in rows if not has_part}
+
     def memory_options(self, frozen: bool) -> list[str]:
         return [] if self.checkpointing else ["model.checkpointing=true"]
 

@@ -88,6 +88,9 @@ class WanModelConfig(ModelSection):
     def takes_picture(self) -> bool:
         return True
 
+    def without_part(self) -> dict[str, tuple[str, ...]]:
+        return {} if self.checkpointing else {"model.checkpointing is false": ("checkpoint_every",)}
+
     def check(self, run: Any) -> None:
         """Refuse what a Wan transformer was not made for, and what its trainer cannot do."""
         flow = run.flow_matching

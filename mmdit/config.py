@@ -214,7 +214,9 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
         target = result
         *parents, last = path.split(".")
         for parent in parents:
-            if not isinstance(target.setdefault(parent, {}), dict):
+            if target.get(parent) is None:  # a section that is left out
+                target[parent] = {}
+            if not isinstance(target[parent], dict):
                 raise ConfigError(
                     path, f"{parent!r} holds a single value, so {word!r} cannot set a key inside it"
                 )

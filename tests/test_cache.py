@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
 from mmdit.interfaces import LatentSpec, Tokenizer
 from mmdit.scripts import estimate_latent_scale
+from mmdit.tokenizers.with_low_resolution import WithLowResolution
+from mmdit.tokenizers.with_picture import WithPicture
 from tests.helpers.tiny import refused
 
 VIDEO = VideoConfig(32, 32)
@@ -415,6 +418,27 @@ def test_statistics_equal_those_of_all_values_together(tmp_path):
     )
     assert stats["std"] == pytest.approx(rows.std(0, unbiased=False).tolist())
     assert stats["scale"] == pytest.approx(1 / rows.std(unbiased=False).item())
+
+
+@pytest.mark.parametrize(
+    "beside", [WithLowResolution(MeanPixels(), (16, 16)), WithPicture(MeanPixels(), "first")]
+)
+def test_statistics_are_of_clips_alone_and_name_only_keys_that_there_are(tmp_path, capsys, beside):
+    latents = torch.randn(4, 1, 2, 2, 6) * torch.arange(1, 7)
+    manifest = CacheManifest.of(beside, VIDEO)
+    assert manifest.plain == (MeanPixels().fingerprint, 3)
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        writer.add_many([*"abcd"], latents, [""] * 4)
+    stats = latent_statistics(open_cache(tmp_path / "c"))
+    rows = latents.half().double()[..., :3].flatten(0, 3)
+    assert stats["std"] == pytest.approx(rows.std(0, unbiased=False).tolist())
+    words = ["--cache_dir", str(tmp_path / "c")]
+    name = manifest.tokenizer_name.replace("MeanPixels", "WanVAETokenizer")
+    replace(manifest, tokenizer_name=name).write(tmp_path / "c")
+    capsys.readouterr()
+    assert estimate_latent_scale.main(words) == 0
+    assert "nothing to set: WanVAETokenizer has" in capsys.readouterr().out
+    refused(capsys, estimate_latent_scale.main, [*words, "--save", "x.json"], "has no such key")
 
 
 def test_a_scale_has_digits_and_what_never_changes_has_none(tmp_path, capsys):

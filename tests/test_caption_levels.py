@@ -20,7 +20,7 @@ from mmdit.diffusion import FlowMatchingConfig, SamplerConfig, build_objective
 from mmdit.diffusion.objective import DDPM, DiffusionConfig
 from mmdit.interfaces import LatentSpec, TextTokens
 from mmdit.scripts import cache_moving_shapes, inspect_levels
-from tests.helpers.tiny import refused
+from tests.helpers.tiny import Workshop, refused
 
 FLOW = build_objective(
     "flow_matching",
@@ -65,7 +65,8 @@ def test_a_caption_that_tells_two_samples_apart_says_ln_2_where_noise_begins_to_
 def test_a_network_of_tiles_is_told_where_each_lies_and_one_of_clips_is_measured_on_clips():
     asked = []
 
-    def network(x, t, text, place):
+    def network(x, t, text, place, crop):
+        assert torch.equal(crop, 2 * place[:, :4])
         asked.append((x.flatten().tolist(), place[:, 1].tolist()))
         return torch.zeros_like(x)
 
@@ -74,7 +75,8 @@ def test_a_network_of_tiles_is_told_where_each_lies_and_one_of_clips_is_measured
     )
     places = torch.arange(15).view(3, 5)
     clean = torch.ones(3, 1, 1, 1, 1)
-    caption_levels(learner, clean, ["plus"] * 3, [0.0], batch_size=2, places=places)
+    given = {"crops": 2 * places[:, :4], "places": places}
+    caption_levels(learner, clean, ["plus"] * 3, [0.0], batch_size=2, **given)
     assert [rows for _, rows in asked] == [[1, 6], [1, 6], [11], [11]]
     mixed = VideoConfig(num_frames=4, image_fraction=0.5)
     assert inspect_levels.of_clips(mixed).image_fraction == 0
@@ -136,6 +138,22 @@ def test_the_command_reads_a_run_and_its_cache(tmp_path, capsys):
     assert "log SNR" in lines[-21] and "captions decide" in lines[-1]
     nats = {float(line.split()[0]): float(line.split()[4]) for line in lines[-20:-1]}
     assert nats[-4.0] > 0.5 > 0.1 > nats[-9.0], "an object of a few cells"
+
+
+def test_a_network_that_knows_crops_is_told_them_by_the_command(tmp_path, capsys, monkeypatch):
+    shop, seen = Workshop(tmp_path), []
+    words = ["model.crop=true", "preprocess={crop: shifted, num_crops: 2}"]
+    run = shop.train("crops", *words, "train.max_steps=1", cache=shop.cache("crops", *words))
+
+    def levels(*arguments, **given):
+        seen.append(given["crops"])
+        return caption_levels(*arguments, **given)
+
+    monkeypatch.setattr(inspect_levels, "caption_levels", levels)
+    words = ["--checkpoint", str(run), "--train_cache_dir", str(tmp_path / "crops")]
+    assert inspect_levels.main([*words, "--device", "cpu", "--count", "4"]) == 0
+    (crops,) = seen
+    assert crops.shape == (4, 4) and (crops[:, 2:] - crops[:, :2] < 1).any(), "not whole pictures"
 
 
 def test_a_cache_of_another_tokenizer_with_as_many_channels_is_refused(tmp_path, capsys):

@@ -139,6 +139,8 @@ def test_overrides(tmp_path):
     original = {"shape": {"side": 1}}
     apply_overrides(original, ["shape.side=2"])
     assert original == {"shape": {"side": 1}}
+    # a section that is left out, as config.yaml of a run has it
+    assert apply_overrides({"shape": None}, ["shape.side=2"]) == {"shape": {"side": 2}}
 
 
 @pytest.mark.parametrize("text", ["run #2", "#2", '"run" # 2', "é #z", "[a, b] # c"])

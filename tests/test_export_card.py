@@ -18,7 +18,7 @@ from mmdit.commands import export_card
 from mmdit.commands.card_scores import score_rows, score_tables
 from mmdit.commands.card_text import escaped, fenced
 from mmdit.commands.export_card import card_path, is_ours, write_card
-from mmdit.commands.exported import Exported, commands_for
+from mmdit.commands.exported import Exported, commands_for, needed_places, places_here
 from mmdit.commands.push import Push
 from mmdit.config import encode
 from mmdit.diagnostics.curves import NOT_ABOUT_THE_MODEL, PANELS, curves_svg, learning_curves
@@ -128,6 +128,21 @@ def test_a_place_that_loading_needs_stays_and_is_told(shop, tmp_path, capsys):
     refused(capsys, export.main, [*words, "model.depth=3"], "model.depth=3", "card.…")
     refused(capsys, export.main, [*words, "card.license=My Own"], "'My Own'", "apache-2.0")
     refused(capsys, export.main, [*words, "card.datasets=['a/b/c']"], "'a/b/c'", "owner/name")
+
+
+def test_a_relative_place_that_only_this_machine_has_is_told_too(tmp_path, monkeypatch):
+    """A tokenizer of one's own, and its statistics; not what ships, nor a name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "stats.json").write_text("{}")
+    tokenizer = {"name_or_path": "runs/mine", "latent_stats": "stats.json"}
+    config = {"tokenizer": tokenizer, "text_encoder": {"name_or_path": "google/t5-v1_1-base"}}
+    assert dict(places_here(config)) == {f"tokenizer.{key}": it for key, it in tokenizer.items()}
+    words = ["tokenizer.name_or_path=runs/mine", "tokenizer.latent_stats=stats.json"]
+    words.insert(1, "text_encoder.name_or_path=google/t5-v1_1-base")
+    assert sorted(needed_places(config)) == sorted(words)
+    ships = {"name_or_path": "VTP/checkpoints/vtp_tiny_f16d64", "latent_stats": "auto"}
+    assert not dict(places_here({"tokenizer": ships})) and not needed_places({"tokenizer": ships})
 
 
 class Page(HTMLParser):

@@ -20,10 +20,10 @@ from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames, files_below, ids_for, prepare_folder
 from mmdit.data.dataset.videos import probe, read_video
 from mmdit.files import release_folder, take_folder
-from mmdit.scripts import cache_vtp_images
+from mmdit.scripts import cache_vtp_images, cache_vtp_latents, inspect_data
 from mmdit.scripts import prepare_folder as folder_script
 from mmdit.scripts import prepare_frames as frames_script
-from tests.helpers.tiny import refused
+from tests.helpers.tiny import Workshop, refused
 from tests.test_cache import VIDEO, MeanPixels, contents, run, write_meta
 
 av = pytest.importorskip("av")
@@ -202,6 +202,25 @@ def test_frames_are_extracted_whole_and_once(tmp_path):
     assert not (tmp_path / "frames/cut").exists()  # a folder of frames is whole or not there
 
 
+def test_frames_of_another_rate_than_the_config_asks_for_are_told(tmp_path, capsys):
+    """They are used as they are, and would move at another speed."""
+    write_video(tmp_path / "a.mp4", np.arange(30) / 30)
+    meta = write_meta(
+        tmp_path, [{"id": "a", "video_path": "a.mp4", "caption": ""}], "train_videos.jsonl"
+    )
+    frames = tmp_path / "out/train_videos.jsonl"
+    frames_script.main(["--meta_jsonl", str(meta), "--out_dir", str(frames.parent), "--fps", "10"])
+    shop = Workshop(tmp_path)
+    words = ["--config", str(shop.config), "--meta_jsonl", str(frames)]
+    caching = [*words, "--out_dir", str(tmp_path / "cache"), "--device", "cpu"]
+    told = "1 clips are folders of frames at another rate (for example a: frames_fps 10, video.fps"
+    for main, line in ((inspect_data.main, words), (cache_vtp_latents.main, caching)):
+        for rate in (5, 10, 10.5):
+            capsys.readouterr()
+            assert main([*line, f"video.fps={rate}"]) == 0
+            assert (f"{told} 5)" in capsys.readouterr().out) == (rate == 5)
+
+
 def test_what_was_written_into_the_lines_by_hand_stays_when_the_folder_is_read_again(tmp_path):
     """Captions without a text file, and facts; text files decide where they are."""
     for name in "abc":
@@ -231,6 +250,26 @@ def test_lines_of_parts_of_videos_are_not_replaced_by_whole_videos(tmp_path, cap
     before = path.read_bytes()
     refused(capsys, folder_script.main, ["--folder", str(tmp_path)], "names frames of videos")
     assert path.read_bytes() == before
+
+
+def test_a_line_that_would_be_lost_is_told_and_one_that_cannot_be_read_is_refused(tmp_path, capsys):
+    """A file that is named in another way is the same file; a second line for it has no place."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    row = {"id": "mine", "image_path": str(tmp_path / "x/../a.png"), "caption": "by hand"}
+    gone = {"id": "gone", "image_path": "gone.png", "caption": "by hand"}
+    path = write_meta(tmp_path, [row, gone], "train_images.jsonl")
+    report = prepare_folder(tmp_path)
+    (record,) = read_records(path, "image")
+    assert (record.id, record.caption) == ("mine", "by hand")
+    assert report.left_out == ["gone.png"]
+    assert "1 files of the lines that were there are not in the folder (any more)" in report.text()
+    line = json.dumps(row)
+    broken = {"more than once": line, ":2: is not valid JSON": line[:-1], ":2: must have": "{}"}
+    broken |= {":2: is not an object": "[]", ":2: id is 3": '{"id": 3, "image_path": "a.png"}'}
+    for message, second in broken.items():
+        path.write_text(f"{line}\n{second}\n", encoding="utf-8")
+        refused(capsys, folder_script.main, ["--folder", str(tmp_path)], message)
+        assert path.read_text(encoding="utf-8") == f"{line}\n{second}\n"
 
 
 def test_a_full_disk_ends_the_extraction_and_drops_no_clip(tmp_path, capsys, monkeypatch):
@@ -400,9 +439,6 @@ def test_a_file_keeps_its_id_when_another_appears(tmp_path):
     assert second.items() > first.items() and len(set(second.values())) == 3
     third = ids("cat.gif")
     assert third.items() > second.items() and len(set(third.values())) == 4
-    with (tmp_path / "train_images.jsonl").open("a") as file:
-        file.write('{"torn\n[]\n{"id": 3, "image_path": "cat.jpg"}\n')
-    assert ids() == third
     (tmp_path / "cat.jpg").unlink()
     assert ids().items() < third.items()
 

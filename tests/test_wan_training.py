@@ -580,7 +580,7 @@ def test_a_picture_becomes_mask_and_latents_for_i2v(tmp_path):
     clip = torch.cat([picture[None, None], torch.full((1, 8, 3, 32, 64), 0.5)], 1)
     torch.testing.assert_close(y[..., 4:], spec.normalize(pipeline.tokenizer.encode(clip)))
     assert (y[:, 0, ..., :4] == 1).all() and (y[:, 1:, ..., :4] == 0).all()
-    with pytest.raises(ValueError, match="continues a picture"):
+    with pytest.raises(ValueError, match="continues a picture, and takes one, by --image of mmdit"):
         pipeline.latents(["a"], 64, 32, 9, settings)
 
 

@@ -57,7 +57,7 @@ def evaluate(
     report: dict = {}
     if prompts:
         samples = FEWEST if count is None else count
-        sample_in_turn(sample, read_prompt_list(prompts), samples, batch_size)
+        sample_in_turn(sample, read_prompt_list(prompts, "--prompts"), samples, batch_size)
     else:
         report, table = score_variant(
             variant,

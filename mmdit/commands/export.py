@@ -11,13 +11,13 @@ import torch
 
 from mmdit.adapters import is_adapter
 from mmdit.commands.export_card import write_card
-from mmdit.commands.exported import Exported
+from mmdit.commands.exported import Exported, places_here
 from mmdit.config import apply_overrides, decode, encode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan_weights import save_dit
-from mmdit.privacy import NEEDED, last_part, local_values, portable_config
+from mmdit.privacy import NEEDED, last_part, portable_config
 from mmdit.training.checkpoint import Meta, Weights, load_weights
 from mmdit.training.expert_choice import joint_choice
 from mmdit.training.exporting import export
@@ -65,7 +65,7 @@ def _write_file(args: argparse.Namespace, command: str) -> tuple[Exported, list[
     export(weights, out, DTYPES[args.dtype or "bf16"])
     megabytes = out.stat().st_size / 1e6
     said = [f"wrote {out} ({megabytes:.1f} MB, step {weights.meta.step})"]
-    for key, path in local_values(weights.meta.config):
+    for key, path in places_here(weights.meta.config):
         said.append(
             f"  {key} in it is {path}, which others do not have: before you push it, export it with"
             f" {key}=PLACE"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +52,30 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
 def needed_places(config: dict) -> list[str]:
     """Return overrides for what a file needs and does not hold, where that does not ship with
     mmdit."""
+    here = dict(places_here(config))
     words = []
     for key in NEEDED:
-        section, _, name = key.partition(".")
-        place = (config.get(section) or {}).get(name)
-        if name == "name_or_path" and isinstance(place, str) and place and not shipped_path(place):
+        place = here.get(key) or _value(config, key)
+        if key in here or (key.endswith(".name_or_path") and place and not shipped_path(place)):
             known = last_part(place) if is_local(place) else place
             words.append(f"{key}={known}")
     return words
+
+
+def places_here(config: dict) -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of every place that a file needs and that is one of this machine:
+    an absolute path, or a relative one at which something lies that does not ship with mmdit."""
+    for key in NEEDED:
+        place = _value(config, key)
+        if is_local(place) or (place and not shipped_path(place) and Path(place).exists()):
+            yield key, place
+
+
+def _value(config: dict, key: str) -> str:
+    """Return the text at a dotted key of two parts, empty where there is none."""
+    section, _, name = key.partition(".")
+    value = (config.get(section) or {}).get(name)
+    return value if isinstance(value, str) else ""
 
 
 def uses_elsewhere(exported: Exported, prompt: str) -> list[str]:

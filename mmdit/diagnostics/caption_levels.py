@@ -50,15 +50,19 @@ def caption_levels(
     log_snrs: Sequence[float] = LOG_SNRS,
     batch_size: int = 16,
     seed: int = 0,
+    crops: Tensor | None = None,
     places: Tensor | None = None,
 ) -> list[Level]:
     """Measure the network of `learner` on raw `latents (b, F, H, W, C)` at each of `log_snrs` that
-    its objective trains. Both errors of a level have the same noise. `places (b, 5)`: where in
-    their clips the samples lie, of a network that was trained on tiles."""
+    its objective trains. Both errors of a level have the same noise. `crops (b, 4)`: which parts
+    of their pictures the samples are, of a network with `model.crop`; `places (b, 5)`: where in
+    their clips they lie, of one that was trained on tiles."""
     clean, objective = learner.spec.normalize(latents), learner.objective
     text = learner.text_encoder(captions)
     dropped = torch.ones(len(captions), dtype=torch.bool, device=latents.device)
     texts, size = (text, text.drop(dropped)), clean[0].numel()
+    given = {"crop": crops, "place": places}
+    inputs = {name: value.to(clean.device) for name, value in given.items() if value is not None}
     levels = []
     for log_snr in log_snrs:
         t = time_of(objective, log_snr)
@@ -69,9 +73,9 @@ def caption_levels(
             draws = Draws(seed, round(100 * log_snr) % (1 << 31), rows)
             noise = draws.normal("noise", *clean.shape[1:])
             x = objective.path.add_noise(clean[rows], noise, t)
-            inputs = {} if places is None else {"place": places.to(clean.device)[rows]}
+            part = {name: value[rows] for name, value in inputs.items()}
             for which, some in enumerate(texts):
-                estimate = objective.denoiser(learner.model, some[rows], **inputs)(x, t)
+                estimate = objective.denoiser(learner.model, some[rows], **part)(x, t)
                 errors[which] += (estimate.float() - clean[rows]).square().sum().item()
         error, without = (value / len(clean) for value in errors)
         nats = 0.5 * math.exp(log_snr) * (without - error)

@@ -38,7 +38,7 @@ class RealItems:
 
     def _maker(self, cache: LatentCache, tokenizers: list[Tokenizer]) -> Tokenizer:
         for tokenizer in (*tokenizers, build_tokenizer(VTPTokenizerConfig())):
-            if tokenizer.fingerprint == cache.manifest.tokenizer:
+            if tokenizer.fingerprint == cache.manifest.plain[0]:
                 return tokenizer
         raise ValueError(
             f"{self.source} is a cache of {cache.manifest.tokenizer_name}, whose weights are not at"
@@ -77,7 +77,7 @@ class RealItems:
 
     @torch.no_grad()
     def _frames(self, cache: LatentCache, number: int, shape: Shape) -> Tensor:
-        latents = cache.load(number)
+        latents = cache.load(number)[..., : cache.manifest.plain[1]]
         if self.tokenizer.spec.temporal == 1:  # frames are decoded one by one: only those needed
             latents = latents[list(shape.places(len(latents)))]
         else:

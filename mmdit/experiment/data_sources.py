@@ -152,6 +152,8 @@ def _open(
         f"{path}: {len(items)} items are decoded and encoded anew for each batch"
         " (data.on_the_fly): slow, `data wait` of the log says how much; a cache is made once"
     )
+    if items.other_rates:
+        world.print(f"  {items.other_rates}")
     if items.skips:
         first = items.skips[0]
         world.print(

@@ -87,10 +87,11 @@ class Pictures:
                 f"{model.variant} takes no picture: use an I2V or TI2V model, or leave --image out"
             )
         if count != wanted:
-            two = "two, its first and its last: give --image twice"
-            what = two if wanted == 2 else "one: give it with --image"
+            two = "two, its first and its last, by --image twice"
+            what = two if wanted == 2 else "one, by --image"
             raise ValueError(
-                f"{model.variant} continues a picture, and takes {what}; it got {count}"
+                f"{model.variant} continues a picture, and takes {what} of mmdit sample; it got"
+                f" {count}"
             )
         if wanted == 2 and frames < 2:
             raise ValueError(

@@ -47,8 +47,9 @@ def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]
     }
 
 
-def read_prompt_list(path: Path) -> list[str]:
-    """Read YAML `prompts: [text, …]` or JSON `[{"caption": text}, …]`."""
+def read_prompt_list(path: Path, key: str = "posttrain.prompts") -> list[str]:
+    """Read YAML `prompts: [text, …]` or JSON `[{"caption": text}, …]`. ConfigError under `key`, the
+    name of what named the file."""
     try:
         with explain_errors(path, "list of prompts"):
             text = path.read_text(encoding="utf-8-sig")
@@ -68,8 +69,8 @@ def read_prompt_list(path: Path) -> list[str]:
                     raise ValueError(f"prompt {place} holds half a surrogate pair; write it anew")
     except ValueError as error:
         raise ConfigError(
-            "posttrain.prompts",
-            f"is {str(path)!r}, which cannot be read ({error}); must be moving_shapes, a YAML file"
-            ' with prompts: [text, …], or a JSON file [{"caption": text}, …]',
+            key,
+            f"is {str(path)!r}, which cannot be read ({error}); must be a YAML file with prompts:"
+            ' [text, …], or a JSON file [{"caption": text}, …]',
         ) from None
     return captions

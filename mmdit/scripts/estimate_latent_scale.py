@@ -1,5 +1,5 @@
 """Measure the latents of a cache and print the YAML that brings them to mean 0 and standard
-deviation 1.
+deviation 1, for tokenizers that have no statistics of their own.
 
     mmdit estimate-latent-scale --cache_dir data/cache/mine [--max_items 2000]
     mmdit estimate-latent-scale --cache_dir data/cache/mine --save latent_stats.json
@@ -14,6 +14,8 @@ from mmdit.files import write_atomically
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.parsers import at_least
 from mmdit.training.samples import check_files
+
+PUBLISHED = "WanVAETokenizer"  # has statistics that are no keys of its config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     with friendly():
         check_files(save=args.save)
-        stats = latent_statistics(open_cache(args.cache_dir), args.max_items)
+        cache = open_cache(args.cache_dir)
+        maker = cache.manifest.tokenizer_name.partition(" with ")[0]
+        if args.save and maker == PUBLISHED:
+            raise ValueError(
+                f"--save is for tokenizer.latent_stats, and {maker}, which made {args.cache_dir},"
+                " has no such key: leave it out"
+            )
+        stats = latent_statistics(cache, args.max_items)
         print(
             f"# {stats['items']} items, {stats['values']} values a channel; "
             f"channel std {min(stats['std']):.4f} … {max(stats['std']):.4f}"
@@ -46,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             Path(args.save).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.save, json.dumps({k: stats[k] for k in ("mean", "std", "items")}))
             print(f"tokenizer:\n  latent_stats: {args.save}\n  latent_scale: 1.0")
+        elif maker == PUBLISHED:
+            print(f"# nothing to set: {maker} has statistics of its own, which are applied")
         else:
             print(
                 "# per-channel statistics are better: --save latent_stats.json\n"

@@ -8,7 +8,7 @@ will be skipped; totals. Exit code 2: not one of them can be used.
 import json
 from typing import get_args
 
-from mmdit.data.cache.look import look_at, look_text, totals
+from mmdit.data.cache.look import look_at, look_text, other_rates, totals
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import PATH_KEYS, Media, media_of
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             items = [row.to_json() if isinstance(row, Skip) else row for row in rows]
             print(json.dumps({"totals": sums, "items": items}, indent=1, ensure_ascii=False))
         else:
-            print(look_text(rows, sums))
+            rates = other_rates(records, config.video.fps) if medium == "video" else ""
+            print("\n".join(filter(None, (look_text(rows, sums), rates))))
     return 0 if sums["usable"] else 2
 
 

@@ -45,10 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     with friendly():
         pipeline, config = load_pipeline(args.checkpoint, args.device, overrides=args.overrides)
         learner, device = pipeline.learner, pipeline.device
-        if learner.experts or learner.model.conditioning != "none":
+        network = learner.model
+        if learner.experts or network.conditioning != "none" or network.picture != "none":
             raise ValueError(
-                f"{args.checkpoint} holds two experts or redraws small clips; only one network that"
-                " draws from captions alone can be measured"
+                f"{args.checkpoint} holds two experts, redraws small clips or continues pictures;"
+                " only one network that draws from captions alone can be measured"
             )
         cache = open_cache(args.train_cache_dir)
         wanted = CacheManifest.of(
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             BatchPlan(cache, of_clips(config.video), args.count, config.seed),
             in_memory=False,
             captions=config.captions,
+            crops=config.model.crop,
             tile=pipeline.tile and pipeline.tile[1:],
         ).step(0)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=pipeline.precision != "fp32")
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.latents.to(device).float(),
                 batch.captions,
                 batch_size=args.batch_size,
+                crops=batch.crops,
                 places=batch.places,
             )
         sampler = SampleSettings.of(config.train).sampler

@@ -31,7 +31,7 @@ def read_requests(path: str) -> list[Request]:
         numbered = enumerate(map(str.strip, lines_of(_text(path))), 1)
         return [_of_json(line, f"{path}:{number}") for number, line in numbered if line]
     if kind_of_file == ".json":
-        return [Request(caption) for caption in read_prompt_list(Path(path))]
+        return [Request(caption) for caption in read_prompt_list(Path(path), "--prompts_file")]
     if kind_of_file not in (".yaml", ".yml"):
         lines = map(str.strip, lines_of(_text(path)))
         return [Request(line) for line in lines if line]

@@ -20,7 +20,7 @@ from mmdit.data.cache.decoding import Decode, rounded
 from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.items import Entry
 from mmdit.data.cache.latent_cache import LatentCache
-from mmdit.data.cache.look import look_at
+from mmdit.data.cache.look import look_at, other_rates
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.clips import cached_frames
@@ -35,7 +35,8 @@ FRAMES_AT_ONCE = 256  # that are encoded
 
 class UnencodedItems(LatentCache):
     """The items that caching would make of the records in a JSONL file, without their latents.
-    `skips`: the records that it would skip. ValueError: none is left."""
+    `skips`: the records that it would skip; `other_rates`: see `look`. ValueError: none is
+    left."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class UnencodedItems(LatentCache):
         self.decode = Decode(media, manifest, preprocess, video)
         # of a tokenizer that joins frames: how many it is given at once
         self.window = video.num_frames if manifest.clip_plan and media == "video" else 0
+        self.other_rates = other_rates(records, video.fps) if media == "video" else ""
         self.skips: list[Skip] = []
         self._records: dict[str, Record] = {}
         entries = []

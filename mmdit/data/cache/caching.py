@@ -27,6 +27,7 @@ from mmdit.data.cache.caching_report import CacheReport
 from mmdit.data.cache.decoding import Decoded, Meta, decoded
 from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.items import load_item
+from mmdit.data.cache.look import other_rates
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter, SavingThreads, explain_disk_errors
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
@@ -89,6 +90,7 @@ class Caching:
             len(mine),
             empty_captions=sum(not record.caption for record in mine),
             older=CacheManifest.read(self.out_dir).older(self.out_dir),
+            other_rates=other_rates(mine, self.video.fps) if self.media == "video" else "",
             damaged=self.writer.damaged,
         )
         # pixels that wait until they are a batch, by shape

@@ -31,6 +31,7 @@ class CacheReport:
     animated: int = 0  # items from an animated picture
     notes: Counter = field(default_factory=Counter)  # items by key of `colours.NOTES`
     older: str = ""  # said of a cache that was begun with another version of decoding
+    other_rates: str = ""  # said of folders of frames that were taken at another rate
     precision: str = ""  # said of a cache that has not noted that of its latents
     skipped: list[Skip] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)  # items in the cache (of a lone process)
@@ -62,8 +63,7 @@ class CacheReport:
         lines += [f"{count} items {NOTES[note]}" for note, count in self.notes.items()]
         if self.older:
             lines.append(self.older)
-        if self.precision:
-            lines.append(self.precision)
+        lines += filter(None, (self.precision, self.other_rates))
         if self.old_stamps:
             lines.append(
                 f"{self.old_stamps} records have notes of an older version, which knew only sizes:"

@@ -20,7 +20,7 @@ from mmdit.data.dataset.frames import PreprocessConfig, boxes_of, check_same_siz
 from mmdit.data.dataset.pictures import load_image, shown_size
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Media, Record
-from mmdit.data.dataset.videos import probe, read_video
+from mmdit.data.dataset.videos import NEAR, probe, read_video
 from mmdit.data.dataset.workers import KILLED, each
 
 AT_ONCE = 16  # records a worker takes
@@ -108,6 +108,24 @@ def look_at(
             rows |= {record.id: row for record, row in zip(part, seen, strict=True)}
             bar.update(len(part))
     return [rows[record.id] for record in records]
+
+
+def other_rates(records: list[Record], fps: float) -> str:
+    """Return what to say of folders of frames that were taken at another rate than `fps`, as
+    `prepare-frames` notes it; nothing where there are none."""
+    rates = {
+        record.id: record.facts["frames_fps"]
+        for record in records
+        if isinstance(record.facts.get("frames_fps"), int | float) and record.is_folder
+    }
+    others = [id for id, rate in rates.items() if abs(rate - fps) > NEAR * fps]
+    if not others:
+        return ""
+    return (
+        f"{len(others)} clips are folders of frames at another rate (for example {others[0]}:"
+        f" frames_fps {rates[others[0]]:g}, video.fps {fps:g}). Their frames are used as they are,"
+        " so that they move at another speed; set video.fps, or prepare the frames anew"
+    )
 
 
 def totals(rows: list[dict | Skip]) -> dict:

@@ -90,6 +90,15 @@ class CacheManifest:
         frames = self.clip_plan.get("num_frames")
         return self.spec.frames(frames) if isinstance(frames, int) else None
 
+    @property
+    def plain(self) -> tuple[str, int]:
+        """Return the fingerprint of the tokenizer of the clips alone, and how many channels are
+        theirs: the first half where what a model is given was cached beside them."""
+        beside = self.tokenizer_name.partition(" with ")[2].removeprefix("the picture ")
+        if not beside:
+            return self.tokenizer, self.spec.channels
+        return self.tokenizer.removesuffix(f" {beside}"), self.spec.channels // 2
+
     def allows(self, size: Size) -> bool:
         """Return whether items of this size belong into the cache."""
         if self.max_pixels_per_frame:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mmdit.data.dataset.frames import list_frames
 from mmdit.data.dataset.pictures import SUFFIXES
 from mmdit.data.dataset.records import (
+    BLANK,
     MAX_ID_BYTES,
     PATH_KEYS,
     Record,
@@ -57,6 +58,7 @@ class FolderReport:
     videos: int = 0
     without_caption: int = 0  # no text file, or an empty one
     kept_captions: int = 0  # of an earlier line, for there is no text file
+    left_out: list[str] = field(default_factory=list)  # in earlier lines, and not in the folder
     # "path: why it is not used, or used without its caption"
     problems: list[str] = field(default_factory=list)
     # suffix → how many are neither media nor captions
@@ -73,6 +75,11 @@ class FolderReport:
             lines.append(
                 f"{self.kept_captions} captions have no text file, and stay as the lines that were"
                 " there have them"
+            )
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} files of the lines that were there are not in the folder"
+                f" (any more), for example {self.left_out[0]}: their lines are gone"
             )
         if self.other_files:
             counts = self.other_files.most_common(8)
@@ -150,25 +157,34 @@ def hashed_id(id: str, file: str) -> str:
 
 
 def known_rows(paths: Iterable[Path]) -> dict[str, dict]:
-    """Return path → line, of files that an earlier run wrote, perhaps edited since. What cannot be
-    read is left out. ValueError: a line names frames of a video, of which there may be several."""
+    """Return path → line, of files that an earlier run wrote, perhaps edited since. ValueError: a
+    line cannot be read, or one of several for one file, which a line for each would replace."""
     keys = [key for keys in PATH_KEYS.values() for key in keys]
-    known = {}
+    known: dict[str, dict] = {}
     for path in filter(Path.is_file, paths):
-        for line in read_bytes(path).split(b"\n"):
+        for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+            if not line.strip(BLANK):
+                continue
             try:
                 row = decoded_object(line)
-                source = next(row[key] for key in keys if key in row)
+                source = next((row[key] for key in keys if key in row), None)
+                if not isinstance(source, str) or "id" not in row:
+                    raise ValueError("must have an id and the path of a file")
                 check_id(row["id"])
                 captions_of(row)
-                known[source] = row
-            except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
-                continue
-            if "video_span" in row:
+            except ValueError as error:
                 raise ValueError(
-                    f"{path} names frames of videos, and would be replaced by a line for each file;"
+                    f"{path}:{number}: {error}; what it says would be lost: mend the line, or take"
+                    " it out"
+                ) from None
+            source = os.path.relpath(path.parent / os.path.expanduser(source), path.parent)
+            if "video_span" in row or source in known:
+                what = "frames of videos" if "video_span" in row else f"{source} more than once"
+                raise ValueError(
+                    f"{path} names {what}, and would be replaced by a line for each file;"
                     " name another --out_dir or --split"
                 )
+            known[source] = row
     return known
 
 
@@ -224,6 +240,7 @@ def prepare_folder(
     lines: dict[str, list[str]] = {"images": [], "videos": []}
     places = {file: Path(os.path.relpath(folder / file, out_dir)).as_posix() for file in media}
     known = known_rows(out_dir / f"{split}_{name}.jsonl" for name in lines)
+    report.left_out = sorted(known.keys() - places.values())
     before = {file: known[place] for file, place in places.items() if place in known}
     ids = ids_for(media, {file: row["id"] for file, row in before.items()})
     text_of = _texts_of(media, texts)

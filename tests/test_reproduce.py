@@ -153,9 +153,13 @@ class Commands:
         return [words[0] for words in self.calls]
 
 
+OUT = Path("runs/reproduce/tiny")  # as it is without --out: below the folder that one is in
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Run a recipe of two stages with two seeds; a training of the first is stopped once."""
+    """Run a recipe of two stages with two seeds, in a folder as the command takes by default; a
+    training of the first is stopped once."""
     folder = tmp_path_factory.mktemp("chain")
     config = folder / "tiny.yaml"
     config.write_text(CONFIG.format(folder=folder))
@@ -170,12 +174,13 @@ def chain(tmp_path_factory):
         second | {"scores": [score]},
         third | {"beside": ["b"]},
     )
-    out, stopped = folder / "out", Commands({"b": 2})
-    with pytest.raises(RunError, match="b stopped at step 2 of 3"):
-        Chain(recipe, 0, out, "cpu", stopped).run()
-    resumed = Commands()
-    records = [Chain(recipe, seed, out, "cpu", resumed).run() for seed in (0, 1)]
-    return recipe, out, stopped, resumed, records
+    stopped, resumed = Commands({"b": 2}), Commands()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(RunError, match="b stopped at step 2 of 3"):
+            Chain(recipe, 0, OUT, "cpu", stopped).run()
+        records = [Chain(recipe, seed, OUT, "cpu", resumed).run() for seed in (0, 1)]
+    return recipe, folder / OUT, stopped, resumed, records
 
 
 def test_stages_that_are_done_are_not_run_again_and_a_stopped_training_goes_on(chain):
@@ -190,19 +195,19 @@ def test_stages_that_are_done_are_not_run_again_and_a_stopped_training_goes_on(c
 
 
 def test_a_stage_starts_from_the_weights_of_the_one_before_and_of_the_same_seed(chain, capsys):
-    _, out, _, resumed, records = chain
+    _, _, _, resumed, records = chain
     words = resumed.calls[6]
-    assert f"train.init_from={out}/seed_1/a" in words and "seed=1" in words
+    assert f"train.init_from={OUT}/seed_1/a" in words and "seed=1" in words
     assert records[0]["stages"]["a"]["training"] != records[1]["stages"]["a"]["training"]
     assert "caching" in records[1]["stages"]["a"]["seconds"], "whichever seed made the cache"
     assert "caching" not in records[1]["stages"]["b"]["seconds"]
 
 
 def test_a_stage_trains_from_the_caches_beside_its_own_as_well(chain):
-    recipe, out, _, resumed, records = chain
+    recipe, _, _, resumed, records = chain
     words = resumed.calls[-1]
     caches = [words[i + 1] for i, word in enumerate(words) if word == "--train_cache_dir"]
-    assert caches == [f"{out}/cache/c", f"{out}/cache/a"]
+    assert caches == [f"{OUT}/cache/c", f"{OUT}/cache/a"]
     commands = finished_results("tiny", recipe, records)["stages"]["c"]["commands"]
     assert "--train_cache_dir data/cache/c --train_cache_dir data/cache/a" in commands[1]
     alone = recipe_of(*(encode(stage) | {"beside": []} for stage in recipe.stages))
@@ -375,9 +380,12 @@ def test_a_cache_beside_counts_for_the_stage_that_made_it(tmp_path, monkeypatch)
 
 
 def test_a_run_of_this_machine_is_no_start_of_a_recipe(tmp_path, monkeypatch):
-    stage = encode(lone_stage(tmp_path).stages[0]) | {"overrides": ["train.init_from=runs/mine"]}
-    with pytest.raises(ValueError, match="a: .* starts from runs/mine; name the stage that makes"):
-        Chain(recipe_of(stage), 0, tmp_path, execute=Stopped(monkeypatch, {})).run()
+    first = encode(lone_stage(tmp_path).stages[0])
+    second = first | {"name": "b", "overrides": ["train.init_from=runs/mine"]}
+    run = Stopped(monkeypatch, {})
+    with pytest.raises(ValueError, match="b: .* starts from runs/mine; name the stage that makes"):
+        Chain(recipe_of(first, second), 0, tmp_path, execute=run).run()
+    assert not run.calls, "it is said before the first stage takes its hours"
 
 
 @pytest.mark.parametrize("number, passed_on", [("SIGTERM", [signal.SIGTERM]), ("SIGINT", [])])

@@ -366,21 +366,23 @@ class Chain:
 
     def _config(self, stage: Stage, overrides: list[str]) -> ExperimentConfig:
         try:
-            return load_experiment_config(stage.config, overrides)
+            config = load_experiment_config(stage.config, overrides)
         except ConfigError as error:
             remedy = ""
             if self.recipe.module != "mmdit":
                 remedy = f"; this recipe is made by `{self.recipe.program} reproduce …`"
             raise ValueError(f"stage {stage.name}: {error}{remedy}") from None
+        start = str(config.train.init_from or "")
+        if start.startswith("runs/") and not stage.init_from:
+            raise ValueError(
+                f"{stage.name}: {stage.config} starts from {start}; name the stage that makes it,"
+                " as init_from of this stage"
+            )
+        return config
 
     def _train(self, stage: Stage, row: dict, place: str) -> None:
         overrides = self._overrides(stage)
         config = self._config(stage, overrides)
-        if str(config.train.init_from or "").startswith("runs/"):
-            raise ValueError(
-                f"{stage.name}: {stage.config} starts from {config.train.init_from}; name the stage"
-                " that makes it, as init_from of this stage"
-            )
         newest = checkpoint.latest(config.run_dir)
         words = ["train", "--config", stage.config]
         for maker in self.recipe.cached_by(stage):

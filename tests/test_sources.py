@@ -16,6 +16,8 @@ from PIL import Image
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import VideoConfig
+from mmdit.data.dataset.media_sets import media_records
+from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames, files_below, ids_for, prepare_folder
 from mmdit.data.dataset.videos import probe, read_video
@@ -240,6 +242,31 @@ def test_what_was_written_into_the_lines_by_hand_stays_when_the_folder_is_read_a
     assert records["b"].facts == {"captions": ["by hand", "too"], "author": "me"}
     assert records["c"].caption == records["d"].caption == "" and report.without_caption == 2
     assert "1 captions have no text file, and stay" in report.text()
+
+
+def test_what_mmdit_wrote_into_a_folder_is_no_data(tmp_path):
+    """Sheets of several pictures, previews and samples would be trained on."""
+    made = {
+        "cache": ("manifest.json", "index.jsonl", "sheet.png"),
+        "runs/a": ("config.yaml", "metrics.jsonl", "samples/step_00000002/grid.png"),
+        "drawn": ("samples.json", "0000.png", "grid.png"),
+        "mine": ("manifest.json", "sheet.png", "0000.png"),
+    }
+    for folder, names in made.items():
+        for name in names:
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+            if path.suffix == ".png":
+                Image.new("RGB", (8, 8)).save(path)
+    report = prepare_folder(tmp_path)
+    (record,) = read_records(tmp_path / "train_images.jsonl", "image")
+    assert record.id == "mine_0000", "a manifest.json alone is no cache"
+    assert "cache (a cache), drawn (drawn samples), runs/a (a run)" in report.text()
+    assert [item.id for item in media_records(tmp_path, 1)] == ["drawn/0000.png", "mine/0000.png"]
+    assert len(list(folder_pictures(tmp_path, 8, 8))) == 2
+    report = prepare_folder(tmp_path / "drawn")  # asked for by name
+    assert (report.images, report.made_here) == (1, {})
 
 
 def test_lines_of_parts_of_videos_are_not_replaced_by_whole_videos(tmp_path, capsys):

@@ -4,7 +4,6 @@ size or each at its own, read by workers."""
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from mmdit.data.dataset.frames import PreprocessConfig, check_same_size, crop_bo
 from mmdit.data.dataset.pictures import SUFFIXES, load_image, open_picture
 from mmdit.data.dataset.problems import Skip, Unusable
 from mmdit.data.dataset.records import Record, media_of, read_records
-from mmdit.data.dataset.sources import files_below
+from mmdit.data.dataset.sources import files_below, is_sheet
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, probe, read_video
 from mmdit.data.dataset.workers import KILLED, each
 from mmdit.files import expanded
 
 AT_ONCE = 16  # pictures that a worker takes
-SHEETS = ("grid.png",)  # what `mmdit sample` writes beside the samples
 ANIMATIONS = {".gif", ".webp", ".png"}
 
 
@@ -77,7 +75,7 @@ def media_records(source: str | Path, frames: int) -> list[Record]:
         return read_records(source, media_of(source))
     if not source.is_dir():
         raise ValueError(f"{source} is no folder and no .jsonl file")
-    files = [Path(name) for name in files_below(source) if os.path.basename(name) not in SHEETS]
+    files = [Path(name) for name in files_below(source) if not is_sheet(source / name)]
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
     names = pictures if frames == 1 else []
     if not names:

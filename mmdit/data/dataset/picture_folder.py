@@ -9,13 +9,15 @@ from torch import Tensor
 
 from mmdit.data.dataset.frames import load_first_frame
 from mmdit.data.dataset.pictures import SUFFIXES
+from mmdit.data.dataset.sources import files_below, is_sheet
 
 
 def folder_pictures(folder: str | Path, width: int, height: int) -> Iterator[Tensor]:
     """Yield `(3, height, width)` in [0, 1] of every readable picture under `folder`, cut to that
     size from its middle. One that cannot be read is reported and skipped. ValueError: there is no
     picture, or none can be read."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = (Path(folder) / name for name in files_below(folder))
+    files = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_sheet(path)]
     if not files:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))})")
     count = 0

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,12 @@ from mmdit.files import (
     write_atomically,
 )
 
+MADE_HERE = {  # by the files that only such folders hold together
+    "a cache": {"manifest.json", "index.jsonl"},
+    "a packed cache": {"manifest.json", "packed.safetensors"},
+    "a run": {"config.yaml", "metrics.jsonl"},
+    "drawn samples": {"samples.json"},
+}
 OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
@@ -63,6 +69,8 @@ class FolderReport:
     problems: list[str] = field(default_factory=list)
     # suffix → how many are neither media nor captions
     other_files: Counter = field(default_factory=Counter)
+    # folder → what it is, of those that this program made: they are left out
+    made_here: dict[str, str] = field(default_factory=dict)
     orphans: list[str] = field(default_factory=list)  # text files of no picture or clip
     written: list[Path] = field(default_factory=list)
 
@@ -81,6 +89,9 @@ class FolderReport:
                 f"{len(self.left_out)} files of the lines that were there are not in the folder"
                 f" (any more), for example {self.left_out[0]}: their lines are gone"
             )
+        if self.made_here:
+            made = [f"{name} ({what})" for name, what in self.made_here.items()]
+            lines.append(f"left out, for mmdit made them: {', '.join(made[:8])}")
         if self.other_files:
             counts = self.other_files.most_common(8)
             names = [f"{count} {suffix or 'without suffix'}" for suffix, count in counts]
@@ -125,6 +136,27 @@ def files_below(folder: str | Path) -> Iterator[str]:
                 yield name
 
     yield from walk("")
+
+
+def is_sheet(path: str | Path) -> bool:
+    """Return whether a picture is no item but a sheet of several, as `mmdit sample` writes it
+    beside samples, and `mmdit inspect-cache` into a cache."""
+    name, beside = os.path.basename(path), os.path.join(os.path.dirname(path), "manifest.json")
+    return name == "grid.png" or (name == "sheet.png" and os.path.isfile(beside))
+
+
+def written_here(files: Iterable[str]) -> dict[str, str]:
+    """Return folder → what it is, of the folders (relative, without the top one) that hold what
+    this program made: caches, runs, samples."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        names[os.path.dirname(file)].add(os.path.basename(file))
+    return {
+        folder: what
+        for folder, inside in names.items()
+        for what, files_of in MADE_HERE.items()
+        if folder and files_of <= inside
+    }
 
 
 def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -226,8 +258,14 @@ def prepare_folder(
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     report, media, texts = FolderReport(), [], []
-    for file in tqdm(files_below(folder), desc=f"looking through {folder}", unit="file", delay=2):
+    bar = tqdm(files_below(folder), desc=f"looking through {folder}", unit="file", delay=2)
+    files = list(bar)
+    report.made_here = written_here(files)
+    inside = tuple(f"{made}{os.sep}" for made in report.made_here)
+    for file in files:
         suffix = os.path.splitext(file)[1].lower()
+        if file.startswith(inside) or is_sheet(folder / file):
+            continue
         if suffix == ".txt":
             texts.append(file)
         elif suffix not in SUFFIXES | VIDEO_SUFFIXES:

@@ -233,12 +233,19 @@ def test_scores_of_other_weights_are_left_out(shop, tmp_path, capsys):
 
 def test_scores_are_shown_with_what_they_rest_on():
     rate = {"value": 0.5, "low": 0.25, "high": 0.75, "correct": 4, "count": 8}
-    features = {"frechet_distance": 12.3456789, "encoder": "vtp", "weights": "/home/jane d/clip"}
+    kernel = {"value": 0.000191937, "deviation": 7e-5, "subsets": 100}
+    features = {
+        "frechet_distance": 12.3456789,
+        "kernel_distance": kernel,
+        "encoder": "vtp",
+        "weights": "/home/jane d/clip",
+    }
     features |= {"warnings": ["few samples"], "nearest": {"a": ["b", 0.1]}, "limit": None}
     report = {"prompt_accuracy": rate, "attributes": {"color": rate}, "features": features}
     assert list(score_rows(report | {"settings": {}, "step": 3})) == [
         ("prompt accuracy", "0.500 [0.250, 0.750] of 8"),
         ("features: frechet distance", "12.3457"),
+        ("features: kernel distance", "0.000191937 ± 7e-05"),
         ("features: encoder", "vtp"),
         ("features: weights", "clip"),
         ("features: warnings", "few samples"),
@@ -288,6 +295,8 @@ def test_adapters_name_their_base(shop, tmp_path, form):
     assert "rank 2" in text and "[me/start](https://huggingface.co/me/start)" in text
     assert front["instance_prompt"] == "zork" and "the trigger word zork, which prompts" in text
     assert "--prompts 'zork, a large red star" in text
+    own = write(run, tmp_path / "own.safetensors")  # which knows the word
+    assert "the trigger word zork, which is put in front of prompts that lack it" in own
 
 
 def test_a_release_is_known_by_the_name_of_its_folder_and_not_by_its_place(tmp_path):
@@ -319,4 +328,4 @@ def test_reports_of_another_form_are_no_scores(tmp_path):
     for name, part in (("b", {"machine": "mine"}), ("c", {"settings": [1]})):
         (tmp_path / f"{name}.json").write_text(json.dumps(about | part))
     (table,), notes = score_tables(tmp_path, exported)
-    assert "| a | 0.500 |" in table and "a.json" in table and not notes
+    assert "| a | 0.5 |" in table and "a.json" in table and not notes

@@ -75,9 +75,11 @@ def score_rows(report: dict) -> Iterator[tuple[str, str]]:
 
 def _rows(title: str, value: object) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and isinstance(value.get("value"), int | float):
-        text = f"{value['value']:.3f}"
+        text = f"{value['value']:.6g}"
         if all(isinstance(value.get(bound), int | float) for bound in ("low", "high")):
-            text += f" [{value['low']:.3f}, {value['high']:.3f}]"
+            text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+        if isinstance(value.get("deviation"), int | float):
+            text += f" ± {value['deviation']:.3g}"
         yield title, f"{text} of {value['count']}" if "count" in value else text
     elif isinstance(value, dict):
         for key, item in value.items():

@@ -210,7 +210,10 @@ class Card:
         said = [fenced("\n".join(lines), "bash")] if lines else []
         if self.captions.trigger:
             trigger = escaped(without_paths(self.captions.trigger))
-            said.append(f"It was trained with the trigger word {trigger}, which prompts must hold.")
+            held = "which prompts must hold"
+            if self.exported.form in ("mmdit", "diffusers_pipeline"):
+                held = "which is put in front of prompts that lack it"
+            said.append(f"It was trained with the trigger word {trigger}, {held}.")
         return "\n\n".join([*said, *uses_elsewhere(self.exported, prompt)])
 
     def _shown_samples(self) -> str:

@@ -274,6 +274,13 @@ def test_every_form_has_its_commands():
     assert own.endswith("--out samples model.name_or_path=Wan2.1-T2V-1.3B")
     config = {"text_encoder": {"name_or_path": "google/t5"}}
     assert commands_for(made("mmdit", config), "", "p")[0].endswith("name_or_path=google/t5")
+    i2v = {"tokenizer": {"picture": "first_last"}}
+    both = "--prompts p --image first.png --image last.png --out samples"
+    assert both in commands_for(made("mmdit", i2v), "", "p")[0]
+    assert both in commands_for(made("comfy", i2v, is_lora=True), "", "p")[0]
+    refiner = commands_for(made("mmdit", {"model": {"conditioning": "low_resolution"}}), "", "p")
+    assert "--checkpoint SMALL_MODEL --refine 'x y' --prompts p" in refiner[0]
+    assert refiner[1].endswith("train.init_from='x y'")
     ours = {"tokenizer": {"name_or_path": "VTP/checkpoints/vtp_tiny_f16d64"}}
     assert commands_for(made("mmdit", ours), "", "p")[0].endswith("--out samples")
 

@@ -139,6 +139,8 @@ class Card:
         """Return the task as the hub names it."""
         if self.config.get("tokenizer", {}).get("picture", "none") != "none":
             return "image-to-video"
+        if self.config.get("model", {}).get("conditioning", "none") != "none":
+            return "video-to-video"
         frames = self.config.get("video", {}).get("num_frames", 1)
         return "text-to-image" if frames == 1 else "text-to-video"
 

@@ -11,6 +11,8 @@ from mmdit.commands.card_text import fenced
 from mmdit.privacy import NEEDED, is_local, last_part
 from mmdit.shipped import shipped_path
 
+PICTURES = {"first": " --image first.png", "first_last": " --image first.png --image last.png"}
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -33,11 +35,14 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
     """Return commands that use an export, which lies in `place` (where they are typed); `base`: the
     name of what adapters change."""
     name, asked = shlex.quote(place or exported.out.name), shlex.quote(prompt)
+    asked += PICTURES.get(_value(exported.config, "tokenizer.picture"), "")
     train = "mmdit train --config my.yaml --train_cache_dir CACHE"
     if exported.form == "mmdit":
         places = " ".join(shlex.quote(word) for word in needed_places(exported.config))
-        sample = f"mmdit sample --checkpoint {name} --prompts {asked} --out samples {places}"
-        return [sample.strip(), f"{train} train.init_from={name}"]
+        drawn_by = f"{name} --prompts {asked} --out samples {places}".strip()
+        if _value(exported.config, "model.conditioning") == "low_resolution":
+            drawn_by = f"SMALL_MODEL --refine {name} --prompts {asked} --out samples"
+        return [f"mmdit sample --checkpoint {drawn_by}", f"{train} train.init_from={name}"]
     if exported.form == "diffusers_pipeline":
         return []
     if exported.is_lora:

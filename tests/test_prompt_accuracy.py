@@ -164,7 +164,7 @@ def facts_of(report: dict) -> dict:
     ],
 )
 def test_checkpoints_of_a_run_share_what_their_weights_do_not_change(
-    shop, monkeypatch, run, words, built
+    shop, monkeypatch, capsys, run, words, built
 ):
     words = [str(shop.cache("pictures")) if word == "REAL" else word for word in words]
     alone = reports(shop, run, words)
@@ -183,7 +183,11 @@ def test_checkpoints_of_a_run_share_what_their_weights_do_not_change(
     counted(load, "build_learner")
     counted(prompt_accuracy, "tokenizer_ceiling")
     counted(task_accuracy, "calibration")
+    capsys.readouterr()
     together = reports(shop, run, words, [1, 2, 3])
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if line.endswith(":") and "step_" in line]
+    assert [line[-9:] for line in named] == [f"{step:08d}:" for step in (1, 2, 3)]
     assert list(map(facts_of, together)) == list(map(facts_of, alone))
     assert all(one.keys() == other.keys() for one, other in zip(together, alone))
     assert made.count("build_tokenizer") == made.count("build_learner") == built

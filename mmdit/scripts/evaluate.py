@@ -97,7 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         asked |= {"batch_size": args.batch_size, "metrics": metric_values(args)}
         of_config = partial(checked_settings, args), partial(sample_size, args)
         scorer = Scorer(loader, *of_config, **asked)
-        scored = [scorer.score(path) for path in paths]
+        scored = []
+        for path in paths:
+            if args.at_steps:
+                print(f"{path}:")
+            scored.append(scorer.score(path))
         report, drawn = scored[-1]
         if args.at_steps:
             report["at_steps"] = [dict(other) for other, _ in scored]

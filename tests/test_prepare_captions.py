@@ -304,6 +304,13 @@ def test_replace_captions_those_that_have_one(images, server):
     server.answer = describe
     prepare_captions.main(words(images, server, "--replace"))
     assert captions(images) == MADE | {"grey": "a grey picture"}
+    written = images.parent / "out" / images.name
+    by_hand = written.read_text(encoding="utf-8").replace("a red picture", "mine")
+    written.write_text(by_hand, encoding="utf-8")
+    prepare_captions.main(words(images, server, "--replace"))
+    assert captions(images) == MADE | {"grey": "a grey picture"}
+    (kept,) = written.parent.glob("train_images.before-*.jsonl")
+    assert kept.read_text(encoding="utf-8") == by_hand
 
 
 # ── what models write ─────────────────────────────────────────────────────────────────────────────

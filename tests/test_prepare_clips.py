@@ -278,6 +278,14 @@ def test_other_settings_are_told_and_need_no_film(films, capsys, monkeypatch):
     ]
     prepare_clips.main(words(films, "--min_seconds", "0.5", "--max_seconds", "1.25"))
     assert "→" not in capsys.readouterr().out
+    # captions that were written into the lines by hand
+    path = films.parent / "clips" / films.name
+    by_hand = path.read_text().replace('"caption": ""', '"caption": "mine"')
+    path.write_text(by_hand)
+    prepare_clips.main(words(films))
+    (kept_lines,) = path.parent.glob("train_videos.before-*.jsonl")
+    assert f"kept as {kept_lines.name}" in capsys.readouterr().out
+    assert kept_lines.read_text() == by_hand
 
 
 def test_no_clip_at_all_is_no_success(films, capsys):

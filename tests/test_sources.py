@@ -21,6 +21,7 @@ from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames, files_below, ids_for, prepare_folder
 from mmdit.data.dataset.videos import probe, read_video
+from mmdit.data.dataset.written_lines import write_lines
 from mmdit.files import release_folder, take_folder
 from mmdit.scripts import cache_vtp_images, cache_vtp_latents, inspect_data
 from mmdit.scripts import prepare_folder as folder_script
@@ -297,6 +298,24 @@ def test_a_line_that_would_be_lost_is_told_and_one_that_cannot_be_read_is_refuse
         path.write_text(f"{line}\n{second}\n", encoding="utf-8")
         refused(capsys, folder_script.main, ["--folder", str(tmp_path)], message)
         assert path.read_text(encoding="utf-8") == f"{line}\n{second}\n"
+
+
+def test_lines_that_somebody_edited_are_kept_when_they_are_written_anew(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    assert write_lines(path, "one\n") == write_lines(path, "two\n") == ""
+    path.write_text("two, mine\n")
+    said = write_lines(path, "three\n")
+    (kept,) = tmp_path.glob("a.before-*.jsonl")
+    assert kept.name in said and kept.read_text() == "two, mine\n"
+    assert path.read_text() == "three\n" and write_lines(path, "four\n") == ""
+    write_video(tmp_path / "a.mp4", np.arange(6) / 30)
+    meta = write_meta(tmp_path, [{"id": "a", "video_path": "a.mp4", "caption": ""}], "v.jsonl")
+    words = ["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]
+    for lines in ("", "mine\n"):
+        if lines:
+            (tmp_path / "out/v.jsonl").write_text(lines)
+        assert frames_script.main(words) == 0
+        assert ("v.before-" in capsys.readouterr().out) == bool(lines)
 
 
 def test_a_full_disk_ends_the_extraction_and_drops_no_clip(tmp_path, capsys, monkeypatch):

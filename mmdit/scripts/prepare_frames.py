@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames
-from mmdit.files import clean, is_full, real_path, release_folder, take_folder, write_atomically
+from mmdit.data.dataset.written_lines import write_lines
+from mmdit.files import clean, is_full, real_path, release_folder, take_folder
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
@@ -45,11 +46,12 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
                 )
-            write_atomically(out, "".join(lines))
+            edited = write_lines(out, "".join(lines))
         finally:
             release_folder(args.out_dir, held)
     summary = f"{len(lines)} clips in {out}"
-    print("\n".join([f"{summary}, {len(skipped)} skipped", *skipped]))
+    said = [f"{summary}, {len(skipped)} skipped", *skipped, edited]
+    print("\n".join(filter(None, said)))
     return 0
 
 

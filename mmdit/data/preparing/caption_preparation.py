@@ -32,12 +32,13 @@ from mmdit.data.dataset.records import (
     read_records,
 )
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of
+from mmdit.data.dataset.written_lines import write_lines
 from mmdit.data.preparing.caption_pictures import shown_pictures
 from mmdit.data.preparing.caption_server import ServerFailed, ServerRefused
 from mmdit.data.preparing.caption_texts import clean_caption
 from mmdit.data.preparing.in_threads import done_in_threads
 from mmdit.data.preparing.interruption import interruptible
-from mmdit.files import clean, is_full, lock, read_bytes, real_path, write_atomically
+from mmdit.files import clean, is_full, lock, read_bytes, real_path
 
 NOTES = "captions_made.jsonl"
 WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long
@@ -96,6 +97,7 @@ class CaptionReport:
     changed_settings: list[str] = field(default_factory=list)
     waiting: int = 0  # records without a caption yet
     skipped: list[Skip] = field(default_factory=list)
+    edited: str = ""  # said of lines that somebody changed
     interrupted: bool = False
     seconds: float = 0.0
 
@@ -123,6 +125,7 @@ class CaptionReport:
             )
         if self.waiting:
             lines.append(f"{self.waiting} records have no caption yet, and are not written")
+        lines += filter(None, [self.edited])
         return "\n".join(lines)
 
 
@@ -307,7 +310,8 @@ class CaptionPreparation:
                 row |= {"caption": captions[0], "captioned_by": self.captioner.identity["model"]}
                 row |= {"captions": captions} if len(captions) > 1 else {}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_atomically(self.out, "".join(lines))
+        edited = write_lines(self.out, "".join(lines))
+        self.report.edited = edited or self.report.edited
 
     def _moved(self, path: str) -> str:
         """Return a path of the metadata as it is from the folder that is written to."""

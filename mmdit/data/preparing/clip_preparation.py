@@ -23,6 +23,7 @@ from mmdit.config import differences
 from mmdit.data.dataset.problems import Skip, Unusable, by_problem, list_skipped
 from mmdit.data.dataset.records import Record, check_id
 from mmdit.data.dataset.sources import hashed_id
+from mmdit.data.dataset.written_lines import write_lines
 from mmdit.data.preparing.film_signals import FilmSignals
 from mmdit.data.preparing.interruption import interruptible
 from mmdit.data.preparing.shots import ShotSettings, columns, cut_into_clips, duration
@@ -47,6 +48,7 @@ class ClipReport:
     left_out: dict[str, float] = field(default_factory=dict)  # problem → seconds
     damaged: Counter = field(default_factory=Counter)  # id of a film → frames
     skipped: list[Skip] = field(default_factory=list)
+    edited: str = ""  # said of lines that somebody changed
     interrupted: bool = False
 
     def text(self) -> str:
@@ -76,6 +78,7 @@ class ClipReport:
             lines.append("no clip is left: shots may be shorter than --min_seconds, or still")
         if self.waiting:
             lines.append(f"{self.waiting} films are not measured yet")
+        lines += filter(None, [self.edited])
         return "\n".join(lines)
 
 
@@ -227,7 +230,8 @@ class ClipPreparation:
         """Write the lines of all clips so far, in the order of the films."""
         rows = [row for record in self.records for row in self.rows.get(record.id, [])]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_atomically(self.out_dir / self.name, "".join(lines))
+        edited = write_lines(self.out_dir / self.name, "".join(lines))
+        self.report.edited = edited or self.report.edited
 
     def _compare_settings(self) -> None:
         """Note which settings differ from those of the last run, and store these."""

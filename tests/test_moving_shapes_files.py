@@ -2,6 +2,8 @@
 processes."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +26,7 @@ from mmdit.scripts import cache_moving_shapes
 from mmdit.scripts.prepare_moving_shapes import main
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from tests.helpers.tiny import Workshop, refused
+from tests.test_cache import contents
 
 VIDEO = VideoConfig(32, 32)
 BUCKETS = BucketingConfig(True, buckets=((64, 48), (48, 64), (64, 64)))
@@ -218,6 +221,34 @@ def test_a_bucketed_cache_of_generated_pictures_goes_on_and_is_the_same_in_any_p
     plan = BatchPlan(cache, VIDEO, 2, seed=0)
     grids = {plan.batch(step).grid for step in range(24)}
     assert grids == {(3, 4), (4, 3), (4, 4)}
+
+
+def test_helping_processes_write_what_this_one_does_and_a_run_goes_on_where_one_failed(
+    tmp_path, monkeypatch
+):
+    manifest, canvases = bucketed(SHIFTED)
+    recipe = Recipe(32, 32, seed=2, variant="many")
+
+    def cached(name):
+        make_cache(TOKENIZER, tmp_path / name, manifest, recipe, 10, canvases=canvases)
+        return contents(tmp_path / name)
+
+    alone, here = cached("alone"), os.getpid()
+    monkeypatch.setattr(module, "SAMPLES_PER_HELPER", 5)
+    monkeypatch.setattr(module, "DRAWN", 2)
+
+    def full(id):
+        raise OSError(28, "No space left on device")
+
+    def die(id):
+        os.kill(os.getpid(), signal.SIGKILL if os.getpid() != here else 0)
+
+    for fault, message in ((full, "No space left.*free disk space"), (die, "helps was killed")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr("mmdit.data.cache.writer.check_id", fault)
+            cached("helped")
+    assert not list((tmp_path / "helped").rglob("*.pt"))
+    assert cached("helped") == alone
 
 
 def test_shifted_crops_of_generated_pictures_lie_within_a_longer_canvas(tmp_path):

@@ -3,6 +3,7 @@ time."""
 
 import os
 import pickle
+import select
 import signal
 import time
 
@@ -52,6 +53,23 @@ def deadly(tmp_path, monkeypatch):
     return write_meta(
         tmp_path, [{"id": name, "image_path": f"{name}.png", "caption": ""} for name in names]
     )
+
+
+def test_helpers_work_in_order_and_end_with_the_process_that_they_help_even_if_it_is_killed():
+    with workers.helping_processes(2) as pool:
+        assert list(workers.ahead(pool, abs, range(-9, 0), 3)) == [*range(9, 0, -1)]
+        assert pool.submit(os.getpid).result() != os.getpid()
+    with workers.helping_processes(0) as pool:
+        assert pool is None and list(workers.ahead(pool, abs, [-1, 2], 3)) == [1, 2]
+    ours, theirs = os.pipe()  # the other end is open as long as one of them lives
+    helped = os.fork()
+    if not helped:
+        with workers.helping_processes(2):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(theirs)
+    os.waitpid(helped, 0)
+    assert select.select([ours], [], [], 20)[0] and os.read(ours, 1) == b""
+    os.close(ours)
 
 
 def test_a_record_that_kills_its_worker_is_skipped_and_the_rest_is_cached(deadly, tmp_path, capfd):

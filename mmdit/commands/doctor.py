@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 import mmdit
+from mmdit.data.dataset.workers import cores
 from mmdit.nn import kernels
 from mmdit.shipped import shipped_path
 from mmdit.training.media import h264
@@ -54,7 +54,7 @@ def report(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "float32 products", _float32_products()
     yield (
         "CPU",
-        f"{_cpu_cores()} cores for this process, {torch.get_num_threads()} threads of torch",
+        f"{cores()} cores for this process, {torch.get_num_threads()} threads of torch",
     )
     yield "memory", _host_memory()
     yield from _disks()
@@ -115,13 +115,6 @@ def _needs(least: tuple[int, int], capability: tuple[int, int], triton: bool) ->
             f"off: compute capability {capability[0]}.{capability[1]}, needs {least[0]}.{least[1]}"
         )
     return "on"
-
-
-def _cpu_cores() -> int:
-    """Return how many cores this process may use, which a container can limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _host_memory() -> str:

@@ -9,9 +9,10 @@ drawn on a slightly longer canvas, of which each crop is an item.
 """
 
 from collections import Counter
+from pathlib import Path
 
-from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.cache.plain import item_files
 from mmdit.data.moving_shapes.canvases import Canvases
 from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
@@ -75,18 +76,19 @@ def main(argv: list[str] | None = None) -> int:
             args.prune,
             canvases,
         )
-        cache = open_cache(args.out_dir)
-        beyond = len(cache) - sum(len(canvases.item_ids(i)) for i in range(args.count))
+        files = item_files(Path(args.out_dir)).values()
+        beyond = len(files) - sum(len(canvases.item_ids(i)) for i in range(args.count))
         if beyond > 0:
             print(
                 f"{beyond} items of the cache are not among these {args.count} samples: they are"
                 " trained, too; --prune removes them"
             )
         if manifest.bucketed:
-            sizes = Counter(map(manifest.size_of, cache.shapes.tolist()))
-            print(
-                "\n".join("  {}x{}: {} items".format(*size, n) for size, n in sorted(sizes.items()))
-            )
+            counts = Counter(file.partition("/")[0] for file in files)
+            for size in sorted(manifest.sizes):
+                name = "{}x{}".format(*size)
+                if counts[name]:
+                    print(f"  {name}: {counts[name]} items")
         print(
             f"{made} samples made, {args.count - made} were there; next: mmdit train"
             f" --config {args.config} --train_cache_dir {args.out_dir}"

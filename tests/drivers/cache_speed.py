@@ -8,7 +8,8 @@ facts, render, encode, copy: milliseconds a clip, each part alone, until the dev
 `asked`: until the CPU has asked it for all, after which it is free for the next. write: of a
 portion of clips, with the threads that caching has; plain_write: the same bytes in files of one
 piece; flush: until they are on the disk. overall: `cache_moving_shapes` from the first draw to the
-last flush; error: of what it cached, against the same made clip by clip and waited for. load: the
+last flush, with the milliseconds of a core that this process and those that help it took a clip;
+error: of what it cached, against the same made clip by clip and waited for. load: the
 cache into memory; batch_memory, batch_disk: milliseconds for a batch of 64 of the config's samples,
 in this process alone.
 """
@@ -16,9 +17,11 @@ in this process alone.
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import time
+from operator import sub
 from pathlib import Path
 
 import torch
@@ -179,10 +182,16 @@ def main() -> int:
         with torch.inference_mode():
             half = measure_parts(clock, tokenizer, recipe, device)
         figures = clock.figures | measure_writing(half, manifest, folder)
-        begin = time.perf_counter()
+        begin, cores_before = time.perf_counter(), os.times()
         cache_moving_shapes(tokenizer, folder / "cache", manifest, recipe, args.clips, device)
         seconds = time.perf_counter() - begin
-        overall = {"s": round(seconds, 2), "clips/s": round(args.clips / seconds, 1)}
+        user, system, helpers_user, helpers_system, _ = map(sub, os.times(), cores_before)
+        overall = {
+            "s": round(seconds, 2),
+            "clips/s": round(args.clips / seconds, 1),
+            "this process, ms": round(1e3 * (user + system) / args.clips, 3),
+            "helpers, ms": round(1e3 * (helpers_user + helpers_system) / args.clips, 3),
+        }
         overall["error"] = largest_error(folder / "cache", tokenizer, recipe, device)
         figures |= {"overall": overall} | measure_reading(folder / "cache", config)
     shape = f"{recipe.width}x{recipe.height}x{recipe.frames}"

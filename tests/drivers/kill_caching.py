@@ -6,7 +6,8 @@ command again each time.
 
 After every kill each item that bears its name equals the undisturbed run's, byte for byte; each
 cache that gets finished (30 pictures, some damaged, in two buckets with two crops, decoded by a
-worker process; with --generated 30 moving shapes, likewise) is the undisturbed one, file for file.
+worker process; with --generated 30 moving shapes, likewise, written by helping processes) is the
+undisturbed one, file for file.
 At least one goes through a third of the kills. Prints one JSON object.
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmdit.data.moving_shapes import latents
 from mmdit.scripts import cache_moving_shapes, cache_vtp_images
 from tests.helpers.forked_runs import die_at, fork, must, wait
 
@@ -56,6 +58,7 @@ def start(folder: Path, out: Path, generated: bool, operation: int | None = None
     """Start the caching command in a process of its own; return its id."""
     words = ["--config", str(folder / "config.yaml"), "--out_dir", str(out), "--device", "cpu"]
     if generated:
+        latents.SAMPLES_PER_HELPER, latents.DRAWN = PICTURES // 2, 4
         command, words = cache_moving_shapes.main, [*words, "--count", str(PICTURES)]
     else:
         command = cache_vtp_images.main
@@ -98,6 +101,8 @@ def kills(folder: Path, count: int, chance: random.Random, generated: bool) -> d
             time.sleep(chance.uniform(0, 0.8 * seconds))
             os.kill(pid, signal.SIGKILL)  # if it has ended it waits for us as a zombie
         code = wait(pid)
+        if code and generated:
+            time.sleep(0.1)  # the processes that helped it end a moment later
         if code not in (0, -signal.SIGKILL):
             must([code], folder)
         found = contents(out) if out.exists() else {}

@@ -132,9 +132,9 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.lis
 
 
 def die_at(operation: int, *names: str) -> None:
-    """Installed in a child: SIGKILL itself just before its n-th file operation on a path that holds
-    one of `names`."""
-    left = operation
+    """Installed in a child: SIGKILL it just before its n-th file operation on a path that holds one
+    of `names`, or that of a process it has forked."""
+    left, child = operation, os.getpid()
 
     def hook(event: str, details: tuple) -> None:
         nonlocal left
@@ -145,7 +145,7 @@ def die_at(operation: int, *names: str) -> None:
         ):
             left -= 1
             if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
 
     sys.addaudithook(hook)
 

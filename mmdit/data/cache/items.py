@@ -6,6 +6,7 @@ the index.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zipfile
@@ -24,6 +25,7 @@ from mmdit.files import open_regular
 
 SIGNATURE = b"PK\3\4"  # the first bytes of a `.pt` file
 REMEDY = "delete it and run the caching command again"
+SHORTEST = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(slots=True)
@@ -99,12 +101,12 @@ def running_crcs(numbers: np.ndarray) -> list[int]:
 
 def dump_json(value: dict) -> str:
     """Return the shortest JSON of a value, in any script."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return SHORTEST.encode(value)
 
 
 def make_item(
     id: str, file: str, latents: Tensor, caption: str, facts: dict, source: dict
-) -> tuple[list[bytearray | memoryview], Entry]:
+) -> tuple[list[bytes | memoryview], Entry]:
     """Return an item's file, as pieces one behind the other, and its entry, for `latents (F, H, W,
     C)` float16 on the CPU. ValueError: a text cannot be stored."""
     check_storable({"caption": caption, "facts": facts}, f"item {id}")
@@ -113,10 +115,11 @@ def make_item(
     content = {"latents": numbers, "caption": caption}
     content |= {"facts": facts} if facts else {}
     content |= {"source": source} if source else {}
-    pieces = _Pieces(numbers)
-    torch.save(content, cast(IO[bytes], pieces))
-    place = (pieces.size, pieces.offset)
-    return pieces.pieces, _entry(id, file, place, content)
+    written = _Pieces(numbers)
+    torch.save(content, cast(IO[bytes], written))
+    pieces = written.whole()
+    place = (sum(map(len, pieces)), written.offset)
+    return pieces, _entry(id, file, place, content)
 
 
 class _Pieces:
@@ -125,25 +128,23 @@ class _Pieces:
 
     def __init__(self, numbers: Tensor):
         self._address, self._numbers = numbers.data_ptr(), numbers.numpy().data.cast("B")
-        self.pieces: list[bytearray | memoryview] = []
-        self.size, self.offset = 0, -1
+        self._around = [io.BytesIO()]  # what stands before the numbers, and behind them
+        self.offset = -1  # of the numbers
 
-    def write(self, data: bytes | memoryview) -> int:
-        piece = memoryview(data)
-        if piece.nbytes == self._numbers.nbytes and _address(piece) == self._address:
-            self.offset = self.size
-            self.pieces.append(self._numbers)
-        else:  # copied, for it is valid during this call alone
-            last = self.pieces[-1] if self.pieces else None
-            if not isinstance(last, bytearray):
-                last = bytearray()
-                self.pieces.append(last)
-            last += piece
-        self.size += piece.nbytes
-        return piece.nbytes
+    def write(self, data: memoryview) -> int:
+        if len(data) == len(self._numbers) and _address(data) == self._address:
+            self.offset = self._around[0].tell()
+            self._around.append(io.BytesIO())
+            return len(data)
+        return self._around[-1].write(data)  # copied, for it is valid during this call alone
 
     def flush(self) -> None:
         """Do nothing: it is all kept. torch.save calls it."""
+
+    def whole(self) -> list[bytes | memoryview]:
+        """Return the file, one piece behind the other."""
+        before, *behind = (part.getvalue() for part in self._around)
+        return [before, self._numbers, *behind] if behind else [before]
 
 
 def _address(piece: memoryview) -> int:

@@ -39,7 +39,10 @@ class LatentCache:
         self.ids, self.captions = columns.ids, columns.captions
         self.facts, self.sources = columns.facts, columns.sources
         self.shapes, self.rates = columns.shapes, columns.rates
-        self._ends = self.shapes[:, 0].cumsum(0).numpy()  # of the frames of each item in:
+        # as arrays, of which a row costs less than of a tensor
+        self._shapes, self._places = self.shapes.numpy(), columns.places.numpy()
+        self._frame_bytes = 2 * self._shapes[:, 1:].prod(1)
+        self._ends = self._shapes[:, 0].cumsum()  # of the frames of each item in:
         self._compared = np.zeros(self._ends[-1], bool)  # frames whose check sums were compared
 
     def __len__(self) -> int:
@@ -55,7 +58,7 @@ class LatentCache:
     ) -> Tensor:
         """Read the latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`
         without the rest, perhaps into `out`, and check them. Damaged names the file or shard."""
-        frames, *size = self.shapes[index].tolist()
+        frames, *size = self._shapes[index].tolist()
         stop = frames if stop is None else stop
         if out is None:
             out = torch.empty(stop - start, *size, dtype=torch.float16)
@@ -66,7 +69,7 @@ class LatentCache:
         """Read the frames `(F,)`, ascending, of item `index` into `out (F, H, W, C)`, and of those
         between them no more than costs less than another read. See `load`."""
         wanted, target = frames.numpy(), out.numpy()
-        frame_bytes = 2 * int(self.shapes[index, 1:].prod())
+        frame_bytes = int(self._frame_bytes[index])
         cuts = np.flatnonzero(np.diff(wanted) > READ_OVER // frame_bytes + 1) + 1
         places = [range(*pair) for pair in pairwise([0, *cuts.tolist(), len(wanted)])]
         spans = [(int(wanted[place[0]]), int(wanted[place[-1]]) + 1) for place in places]
@@ -100,8 +103,8 @@ class LatentCache:
     def _read(self, path: str, index: int, spans: list[Span], parts: list[np.ndarray]) -> bool:
         """Read the numbers of some frames without unpickling; return False where the file is not
         the one that the index knows."""
-        size, offset, _ = self.columns.places[index].tolist()
-        frame_bytes = 2 * int(self.shapes[index, 1:].prod())
+        size, offset, _ = self._places[index].tolist()
+        frame_bytes = int(self._frame_bytes[index])
         with open_regular(path, buffered=False) as file:
             if os.fstat(file.fileno()).st_size != size or offset < 0:
                 return False
@@ -116,7 +119,7 @@ class LatentCache:
     def _is_sound(self, index: int, numbers: np.ndarray, start: int, stop: int) -> bool:
         """Return whether the frames `start:stop` are as they were written; each part of an item is
         compared once."""
-        frames, crc = int(self.shapes[index, 0]), int(self.columns.places[index, 2])
+        frames, crc = int(self._shapes[index, 0]), int(self._places[index, 2])
         if stop - start == frames:
             return zlib.crc32(numbers.data) == crc
         first, crcs = int(self._ends[index]) - frames, self.columns.frame_crcs[index]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import compress
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mmdit.data.cache.half_latents import HalfLatents
@@ -40,6 +46,17 @@ FLUSH_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so muc
 WAITING = 4  # batches that may wait to be saved
 SAVERS = 2  # batches saved at a time: the files of a small one keep few threads busy
 THREADS = 4  # that write files; making a file waits more than it computes
+PORTION = 256  # items that a thread or a process writes before it tells of them
+
+Row = tuple[str, dict, dict]  # caption, facts and source of an item
+
+
+class Rows(Protocol):
+    """A list of rows, or what makes them where they are asked for; a part of it is another."""
+
+    def __getitem__(self, part: slice, /) -> Rows: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
 
 
 @contextlib.contextmanager
@@ -67,7 +84,8 @@ class CacheWriter:
 
     A folder made with other settings is an error, as is a second process writing as the same
     `rank`, and an item whose file is damaged; if `forgiving`, it counts as not there (`damaged`
-    says why). Lines enter the index when what they promise is on the disk.
+    says why). Lines enter the index when what they promise is on the disk. `helpers`: processes
+    that write the files in place of threads, which pays off for thousands of small items.
     """
 
     def __init__(
@@ -77,6 +95,7 @@ class CacheWriter:
         rank: int = 0,
         world: int = 1,
         forgiving: bool = False,
+        helpers: Executor | None = None,
     ):
         self.folder, self.manifest, self.world = Path(folder), manifest, world
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +108,7 @@ class CacheWriter:
         self._index = refuse_link(self.folder / name).open("ab")
         lock(self._index)
         self._threads = ThreadPoolExecutor(THREADS, "cache-files")
+        self._helpers = helpers or self._threads
         self._begun = manifest
         if (self.folder / "manifest.json").exists():
             self._begun = CacheManifest.read(self.folder)
@@ -192,6 +212,15 @@ class CacheWriter:
         ValueError: the size is not in the manifest, a text cannot be stored, or float16 cannot hold
         the latents; with `leave_out` such items are left out, and their ids are returned.
         """
+        nothing: list[dict] = [{}] * len(ids)
+        rows = list(zip(captions, facts or nothing, sources or nothing, strict=True))
+        return self.add_rows(ids, latents, rows, leave_out)
+
+    def add_rows(
+        self, ids: list[str], latents: Tensor | HalfLatents, rows: Rows, leave_out: bool = False
+    ) -> list[str]:
+        """Add items as `add_many` does. Their rows are asked for where the files are written, by a
+        helper if there are any."""
         self._check_shape(latents.shape)
         if isinstance(latents, Tensor):
             latents = HalfLatents(latents)
@@ -202,21 +231,21 @@ class CacheWriter:
                 f"latents of {', '.join(bad[:5])} ({len(bad)} items) are not finite in float16;"
                 " look at the tokenizer (its weights and precision)"
             )
+        if bad:
+            half, good = half[finite], finite.tolist()
+            ids, rows = list(compress(ids, good)), list(compress(rows, good))
         place = self._make_place(self.manifest.size_of(half.shape[1:]))
-        numbers = [number for number, good in enumerate(finite.tolist()) if good]
-
-        def write(thread: int) -> list[str]:
-            lines = []
-            for i in numbers[thread::THREADS]:
-                file = f"{place}{check_id(ids[i])}.pt"
-                known = facts[i] if facts else {}
-                source = sources[i] if sources else {}
-                pieces, entry = make_item(ids[i], file, half[i], captions[i], known, source)
-                lines.append(self._write(pieces, entry))
-            return lines
-
-        for lines in self._threads.map(write, range(min(THREADS, len(numbers)))):
-            self._append(lines)
+        for id in ids:
+            old = self.entries.get(id)
+            if old and old.file != f"{place}{id}.pt":
+                (self.folder / old.file).unlink(missing_ok=True)  # its size changed
+        size = min(PORTION, max(1, math.ceil(len(ids) / THREADS)))
+        parts = [slice(first, first + size) for first in range(0, len(ids), size)]
+        portions = [(ids[part], half[part].numpy(), rows[part]) for part in parts]
+        work = partial(_write_portion, self.folder, place)
+        for written in self._helpers.map(work, portions):
+            self.entries.update((entry.id, entry) for entry, _ in written)
+            self._append(line for _, line in written)
         return bad
 
     def _check_shape(self, shape: Sequence[int]) -> None:
@@ -234,15 +263,6 @@ class CacheWriter:
                 f"latents of {channels} channels for {size[0]}x{size[1]} do not belong into"
                 f" {self.folder}, which is for {self.manifest.spec.channels} channels and {sizes}"
             )
-
-    def _write(self, pieces: list[bytearray | memoryview], entry: Entry) -> str:
-        """Write one file; return its index line."""
-        old = self.entries.get(entry.id)
-        if old and old.file != entry.file:
-            (self.folder / old.file).unlink(missing_ok=True)  # its size changed
-        write_atomically(f"{self.folder}/{entry.file}", iter(pieces))
-        self.entries[entry.id] = entry
-        return entry_line(entry)
 
     def close(self) -> None:
         """Finish the index. A lone writer leaves one, sorted by id: the same bytes whatever the
@@ -269,6 +289,20 @@ class CacheWriter:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _write_portion(
+    folder: Path, place: str, portion: tuple[list[str], np.ndarray, Rows]
+) -> list[tuple[Entry, str]]:
+    """Write the files of some items; return their entries and index lines."""
+    written = []
+    for id, latents, (caption, facts, source) in zip(*portion, strict=True):
+        file = f"{place}{check_id(id)}.pt"
+        numbers = torch.from_numpy(latents)
+        pieces, entry = make_item(id, file, numbers, caption, facts, source)
+        write_atomically(f"{folder}/{file}", iter(pieces))
+        written.append((entry, entry_line(entry)))
+    return written
 
 
 class SavingThreads:

@@ -12,10 +12,14 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
@@ -24,6 +28,8 @@ from mmdit.data.dataset.records import Record
 from mmdit.files import naming
 
 KILLED = "the process that read it was killed (out of memory?)"
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class WorkerDied(ValueError):
@@ -36,6 +42,13 @@ class WorkerDied(ValueError):
             " there with the same command; a training with --resume"
         )
         self.numbers = numbers
+
+
+def cores() -> int:
+    """Return how many cores this process may use, which a container can limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclasses.dataclass
@@ -99,10 +112,7 @@ def results(
     there are cores (more would only wait for each other); 0: by this one. WorkerDied: one was
     killed. ValueError: too many files are open.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    workers = min(num_workers, cores)
+    workers = min(num_workers, cores())
     with naming("shared memory, /dev/shm"):
         doing = multiprocessing.RawArray("q", 2 * workers + 1)
     loader = DataLoader(
@@ -201,3 +211,54 @@ def each(
         except WorkerDied:
             result = None
         yield [record], result
+
+
+# ── work that is handed over ──────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def helping_processes(count: int) -> Iterator[Executor | None]:
+    """Start processes that do what they are given while the block runs, and yield them; None if
+    `count` is 0. They end when this process does, even if it is killed. ValueError: one of them was
+    killed."""
+    if not count:
+        yield None
+        return
+    try:
+        with ProcessPoolExecutor(count, initializer=_begin_helping) as pool:
+            pool.submit(int).result()  # forked now, before this process has further threads
+            yield pool
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process that helps was killed, most likely because the memory was full: take a"
+            " machine (or container limit) with more memory, and give the same command again, it"
+            " goes on from there"
+        ) from None
+
+
+def _begin_helping() -> None:
+    _begin(0)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def ahead(
+    pool: Executor | None, work: Callable[[Task], Result], tasks: Iterable[Task], most: int
+) -> Iterator[Result]:
+    """Yield `work(task)` for every task, in order, made by a pool, `most` of them ahead; without
+    one, by this process when it is asked for."""
+    if pool is None:
+        yield from map(work, tasks)
+        return
+    waiting: deque[Future[Result]] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(work, task))
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

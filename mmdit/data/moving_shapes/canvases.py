@@ -67,9 +67,9 @@ class Canvases:
     def corners(self, index: int) -> dict[int, Corner]:
         """Return where the crops of sample `index` begin, by their number, without those that
         repeat an earlier one."""
-        canvas, size = self.canvas(index), self.size(index)
-        if canvas == size:
+        if self.preprocess.crop == "center":
             return {0: (0, 0)}
+        canvas, size = self.canvas(index), self.size(index)
         boxes = boxes_of(canvas, size, self.preprocess, sample_id(index))
         corners: dict[int, Corner] = {}
         for crop, (left, top, _, _) in boxes.items():

@@ -188,10 +188,9 @@ def _is_of(split: str, task: str, held: frozenset, stated: frozenset) -> bool:
 
 
 def _facts_are_of(split: str, facts: Facts) -> bool:
-    stated = facts.held_out  # with the relations of all pairs, of which a caption states some
-    if not facts.said & HELD_OUT_OF_TASKS["position"]:
-        stated -= {"position"}
-    return _is_of(split, facts.task or "", facts.held_out, stated)
+    held = facts.held_out  # with the relations of all pairs, of which a caption states some
+    stated = held if facts.said & HELD_OUT_OF_TASKS["position"] else held - {"position"}
+    return _is_of(split, facts.task or "", held, stated)
 
 
 def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:

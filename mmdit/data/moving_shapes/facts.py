@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 VERSION = 1
@@ -161,7 +161,7 @@ class Facts:
         record = {
             "version": VARIANTS[variant],
             "background": self.background,
-            "objects": [asdict(item) | {"rgb": list(item.rgb)} for item in self.objects],
+            "objects": [vars(item) | {"rgb": list(item.rgb)} for item in self.objects],
         }
         if self.task is not None:
             record |= {"task": self.task, "relations": list(self.relations)}

@@ -1,18 +1,21 @@
 """Moving shapes straight into a latent cache: no pictures on disk between the renderer and the
 tokenizer.
 
-    facts ─► render ─► encode ─► [copy beside the next] ─► [threads: CacheWriter]
+    [facts] ─► render ─► encode ─► [copy beside the next] ─► [captions ─► CacheWriter]
 
 A GPU is asked for the next samples while the last are copied and written: nothing here waits for
-it.
+it. What is in brackets is done beside it: of small items, which cost more Python than anything
+else, by processes, of large ones by threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -21,29 +24,43 @@ from tqdm import tqdm
 
 from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.manifest import CacheManifest
-from mmdit.data.cache.writer import CacheWriter, SavingThreads, explain_disk_errors
+from mmdit.data.cache.writer import CacheWriter, Row, SavingThreads, explain_disk_errors
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.workers import ahead, cores, helping_processes
 from mmdit.data.moving_shapes.canvases import Canvases
-from mmdit.data.moving_shapes.facts import Facts
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
 # rendered and encoded at once: enough to keep a GPU busy, and the writing threads
 CHUNK_PIXELS = {"cpu": 1 << 24, "cuda": 1 << 26}
+HELPERS = 12  # processes at most: then the one that they help is the slowest
+SAMPLES_PER_HELPER = 2048  # of fewer it would save less time than its start takes
+LARGE = 1 << 18  # bytes of an item that processes would rather not send each other
+DRAWN = 256  # samples drawn at a time by a helper
+AHEAD = 32  # portions of them that are drawn ahead
 
 
-@dataclass
-class Encoded:
-    """Some samples of one size: the latents of their items, and all that is stored with them."""
+@dataclass(frozen=True)
+class SampleRows:
+    """What is stored beside the latents of some items, made where it is asked for: by the process
+    that writes them. `items`: the sample of each, all drawn at one size, and the number of its
+    crop."""
 
-    samples: int
-    latents: Tensor
-    ids: list[str]
-    captions: list[str]
-    facts: list[dict]
-    sources: list[dict]
+    recipe: Recipe
+    canvases: Canvases
+    items: list[tuple[int, int]]
+
+    def __getitem__(self, part: slice) -> SampleRows:
+        return replace(self, items=self.items[part])
+
+    def __iter__(self) -> Iterator[Row]:
+        indices = sorted({i for i, _ in self.items})
+        drawn = dict(zip(indices, self.recipe.draw(indices), strict=True))
+        for i, crop in self.items:
+            text, known = self.recipe.words(i, drawn[i])
+            yield text, {"facts": known}, self.canvases.sources(i)[crop]
 
 
 @explain_disk_errors()
@@ -64,7 +81,8 @@ def cache_moving_shapes(
     canvases = canvases or Canvases.of(manifest, PreprocessConfig(), recipe)
     recipe = _drawn_on(recipe, canvases.sizes[0])
     with (
-        CacheWriter(out_dir, manifest, forgiving=True) as writer,
+        helping_processes(_helpers(manifest, recipe, count)) as helpers,
+        CacheWriter(out_dir, manifest, forgiving=True, helpers=helpers) as writer,
         contextlib.closing(SavingThreads()) as saver,
     ):
         if not (Path(out_dir) / DESCRIPTION).exists():
@@ -74,20 +92,30 @@ def cache_moving_shapes(
         if prune:
             kept = {id for ids in wanted.values() for id in ids}
             writer.remove(sorted(writer.entries.keys() - kept))
-        missing = [i for i, ids in wanted.items() if not writer.entries.keys() >= set(ids)]
+        missing = {i: ids for i, ids in wanted.items() if not writer.entries.keys() >= set(ids)}
         unknown = writer.admit() if missing else ""
         if unknown:
             print(unknown)
         with tqdm(
             total=count, initial=count - len(missing), desc=f"caching {out_dir}", unit="sample"
         ) as bar:
-            for made in _encoded(tokenizer, recipe, canvases, missing, device):
-                latents = HalfLatents(made.latents)
-                texts = (made.captions, made.facts, made.sources)
-                saver.submit(writer.add_many, made.ids, latents, *texts)
-                bar.update(made.samples)
+            for samples, latents in _encoded(tokenizer, recipe, canvases, missing, device, helpers):
+                items = [(i, crop) for i in samples for crop in range(len(missing[i]))]
+                ids = [missing[i][crop] for i, crop in items]
+                rows = SampleRows(_drawn_on(recipe, canvases.canvas(samples[0])), canvases, items)
+                saver.submit(writer.add_rows, ids, HalfLatents(latents), rows)
+                bar.update(len(samples))
             saver.wait()
     return len(missing)
+
+
+def _helpers(manifest: CacheManifest, recipe: Recipe, count: int) -> int:
+    """Return how many processes shall help."""
+    spec = manifest.spec
+    rows, columns = spec.grid(recipe.width, recipe.height)
+    if 2 * spec.frames(recipe.frames) * rows * columns * spec.channels > LARGE:
+        return 0
+    return min(cores(), HELPERS, count // SAMPLES_PER_HELPER)
 
 
 def _drawn_on(recipe: Recipe, canvas: Size) -> Recipe:
@@ -118,10 +146,12 @@ def _encoded(
     tokenizer: Tokenizer,
     recipe: Recipe,
     canvases: Canvases,
-    missing: list[int],
+    missing: Iterable[int],
     device: torch.device | str,
-) -> Iterator[Encoded]:
-    """Yield the missing samples, some at a time that are drawn at one size and cut to one."""
+    helpers: Executor | None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the missing samples and the latents of their items, some at a time that are drawn at
+    one size and cut to one."""
     alike: dict[tuple[Size, Size], list[int]] = defaultdict(list)
     for i in missing:
         alike[canvases.canvas(i), canvases.size(i)].append(i)
@@ -129,13 +159,14 @@ def _encoded(
     for (canvas, size), members in alike.items():
         step = max(1, pixels // (canvas[0] * canvas[1] * recipe.frames))
         of_size = _drawn_on(recipe, canvas)
+        portions = [members[k : k + DRAWN] for k in range(0, len(members), DRAWN)]
+        drawn = chain.from_iterable(ahead(helpers, of_size.draw, portions, AHEAD))
         for start in range(0, len(members), step):
             indices = members[start : start + step]
-            facts = of_size.draw(indices)
             with torch.inference_mode():
-                whole = of_size.render(facts, device)
+                whole = of_size.render(list(islice(drawn, len(indices))), device)
                 latents = tokenizer.encode(to_unit(_cut(whole, size, canvases, indices)))
-            yield _described(recipe, canvases, indices, facts, latents)
+            yield indices, latents
 
 
 def _cut(whole: Tensor, size: Size, canvases: Canvases, indices: list[int]) -> Tensor:
@@ -148,20 +179,3 @@ def _cut(whole: Tensor, size: Size, canvases: Canvases, indices: list[int]) -> T
         for left, top in canvases.corners(i).values():
             crops.append(sample[..., top : top + height, left : left + width])
     return torch.stack(crops)
-
-
-def _described(
-    recipe: Recipe,
-    canvases: Canvases,
-    indices: list[int],
-    facts: list[Facts],
-    latents: Tensor,
-) -> Encoded:
-    made = Encoded(len(indices), latents, [], [], [], [])
-    for i, item in zip(indices, facts, strict=True):
-        ids, (text, known) = canvases.item_ids(i), recipe.words(i, item)
-        made.ids += ids
-        made.sources += canvases.sources(i)
-        made.captions += [text] * len(ids)
-        made.facts += [{"facts": known}] * len(ids)
-    return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmdit.data.dataset.workers import cores
 from mmdit.data.moving_shapes.drawing import draw
 from mmdit.data.moving_shapes.facts import (
     SPLITS,
@@ -101,9 +101,7 @@ def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: in
     out_dir = Path(out_dir)
     claim(out_dir, recipe)
     clean(out_dir, out_dir / "images", out_dir / "frames")
-    workers = workers or max(
-        1, min(os.cpu_count() or 1, 8, count * recipe.frames // FRAMES_PER_WORKER)
-    )
+    workers = workers or max(1, min(cores(), 8, count * recipe.frames // FRAMES_PER_WORKER))
     step = max(1, CHUNK_FRAMES // recipe.frames)
     chunks = [range(start, min(start + step, count)) for start in range(0, count, step)]
     records: list[dict] = []

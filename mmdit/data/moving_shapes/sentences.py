@@ -175,8 +175,9 @@ def _positions(phrases: list[str], facts: Facts, words: Choices) -> str:
     return text
 
 
-def _placeholders(clause: str) -> set[str]:
-    return {name for _, name, _, _ in string.Formatter().parse(clause) if name}
+@lru_cache
+def _placeholders(clause: str) -> frozenset[str]:
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(clause) if name)
 
 
 def _object_fields(item: Object, named: frozenset[str], words: Choices) -> dict[str, str]:

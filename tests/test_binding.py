@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mmdit.data.moving_shapes.drawing import draw
 from mmdit.data.moving_shapes.facts import COLORS, RELATIONS, SHAPES, Facts
-from mmdit.data.moving_shapes.sentences import caption, prompts
+from mmdit.data.moving_shapes.sentences import OPPOSITE, caption, prompts
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 
-DIM, HEADS, BATCH, SCENES, MOST = 64, 4, 64, 4096, 3
+DIM, HEADS, BATCH, SCENES, MOST = 64, 4, 64, 4096, 4
 
 
 class Reader(nn.Module):
@@ -26,12 +26,11 @@ class Reader(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second = (nn.Embedding(len(SHAPES), DIM) for _ in range(2))
-        self.asked = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
         self.q, self.k, self.v = (nn.Linear(DIM, DIM) for _ in range(3))
         self.answers = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, 8))
 
     def forward(self, shapes, text):
-        asked = self.asked(self.first(shapes[..., 0]) + self.second(shapes[..., 1]))
+        asked = self.first(shapes[..., 0]) + self.second(shapes[..., 1])
         parts = self.q(asked), self.k(text.embeddings), self.v(text.embeddings)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=HEADS) for part in parts)
         read = F.scaled_dot_product_attention(q, k, v, text.valid[:, None, None])
@@ -40,10 +39,11 @@ class Reader(nn.Module):
 
 def answers(scene: Facts) -> list[tuple[str, str, int]]:
     """Return the pairs of shapes that may be asked about, and what the caption says: the number of
-    the relation, or for a shape beside itself of its colour."""
+    the relation, either way round, or for a shape beside itself of its colour."""
     shapes = [item.shape for item in scene.objects]
     if scene.task == "position":
-        said = zip(shapes, scene.relations, shapes[1:], strict=False)
+        said = list(zip(shapes, scene.relations, shapes[1:], strict=False))
+        said += [(b, OPPOSITE[relation], a) for a, relation, b in said]
         return [(a, b, list(RELATIONS).index(relation)) for a, relation, b in said]
     colors = [list(COLORS).index(item.color) for item in scene.objects]
     return list(zip(shapes, shapes, colors, strict=True))
@@ -91,7 +91,7 @@ def bound(task: str, convolution: int, steps: int, seed: int = 0, lr: float = 2e
 def test_neighbouring_words_side_by_side_bind_words_to_shapes_sooner(task, steps):
     results = {convolution: bound(task, convolution, steps) for convolution in (1, 5)}
     print(results)
-    assert results[5] > 0.9 and results[1] < 0.3, results
+    assert results[5] > 0.8 and results[1] < 0.3, results
 
 
 if __name__ == "__main__":

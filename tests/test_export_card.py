@@ -268,6 +268,9 @@ def test_every_form_has_its_commands():
     assert lora[0] == (
         "mmdit sample --checkpoint Wan2.1-T2V-1.3B --lora 'x y' --prompts p --out samples"
     )
+    assert lora[1].endswith("train.init_from='x y' lora.enabled=true")
+    ours = {"model": {"type": "video_mmdit"}}  # a LoRA is no start without its base
+    assert len(commands_for(made("comfy", ours, is_lora=True), "", "p")) == 1
     assert commands_for(made("official"), "", "p")[0].endswith("model.name_or_path='x y'")
     config = {"model": {"name_or_path": "~/models/Wan2.1-T2V-1.3B"}, "tokenizer": {}}
     own = commands_for(made("mmdit", config), "", "p")[0]

@@ -47,10 +47,12 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
         return []
     if exported.is_lora:
         changed = shlex.quote(base.rpartition("/")[2] or "BASE")
-        return [
-            f"mmdit sample --checkpoint {changed} --lora {name} --prompts {asked} --out samples",
-            f"{train} train.init_from={name} lora.enabled=true",
+        lines = [
+            f"mmdit sample --checkpoint {changed} --lora {name} --prompts {asked} --out samples"
         ]
+        if _value(exported.config, "model.type") in ("", "wan"):  # ours goes on from a run alone
+            lines.append(f"{train} train.init_from={name} lora.enabled=true")
+        return lines
     return [f"{train} model.name_or_path={name}"]
 
 

@@ -186,6 +186,9 @@ def test_a_tokenizer_beside_the_models_can_be_chosen(nodes, comfyui, loaded):
         assert widgets(nodes["LoadMMDiT"])["tokenizer"][0] == ["as in the file", "my_tokenizer"]
         pipeline, config = nodes["LoadMMDiT"]().load(MODEL.name, "my_tokenizer")[0]
         assert config.tokenizer.name_or_path == str(place)
+        before = nodes["LoadMMDiT"].IS_CHANGED(MODEL.name, "my_tokenizer")
+        os.utime(place / "model.safetensors", ns=(1, 1))
+        assert nodes["LoadMMDiT"].IS_CHANGED(MODEL.name, "my_tokenizer") != before
         with pytest.raises(KeyError):
             nodes["LoadMMDiT"]().load(MODEL.name, "../elsewhere")
     finally:

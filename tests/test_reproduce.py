@@ -763,8 +763,9 @@ def test_a_results_file_has_its_recipe_and_is_complete(path):
 
 
 # ── the command ──
-def test_the_list_says_what_there_is_and_an_unknown_name_is_refused(capsys, monkeypatch):
+def test_the_list_says_what_there_is_and_an_unknown_name_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    refused(capsys, reproduce.main, ["--list", "--results", tmp_path], "holds no recipe: give this")
     assert reproduce.main(["--list"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in NAMES) and {"smoke", "road"} <= set(NAMES)

@@ -67,9 +67,11 @@ class LoadMMDiT:
 
     @classmethod
     def IS_CHANGED(cls, file: str, tokenizer: str = AS_IN_FILE, offload: str = "none") -> tuple:
-        """Return what changes when another file is put in the place of one that was loaded."""
-        status = Path(folder_paths.get_full_path_or_raise(FOLDER, file)).stat()
-        return status.st_mtime_ns, status.st_size
+        """Return what changes when another file, or tokenizer, is put in the place of one that was
+        loaded."""
+        files = [Path(folder_paths.get_full_path_or_raise(FOLDER, file))]
+        files += sorted(tokenizers()[tokenizer].iterdir()) if tokenizer != AS_IN_FILE else []
+        return tuple((status.st_mtime_ns, status.st_size) for status in map(Path.stat, files))
 
     def load(self, file: str, tokenizer: str = AS_IN_FILE, offload: str = "none") -> tuple:
         """Return what `MMDiTSampler` draws with: mmdit's pipeline, and the config of the file."""

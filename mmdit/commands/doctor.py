@@ -31,6 +31,8 @@ OPTIONAL = {
     "timm": ("hf", "feature encoders for metrics and rewards"),
     "pyarrow": ("hf", "parquet files"),
     "huggingface_hub": ("hf", "models of the hub, by push and pull"),
+    "diffusers": ("diffusers", "models of ours as pipelines, by export --layout"),
+    "starlette": ("ui", "runs and jobs in a browser, by mmdit ui"),
     "tensorboard": ("track", "curves in TensorBoard"),
     "wandb": ("track", "runs in Weights & Biases, by track.type: wandb"),
     "trackio": ("track", "runs in Trackio, by track.type: trackio"),

@@ -321,8 +321,14 @@ def shown_rate(rate: dict | None) -> str:
 
 
 def overview(folder: Path) -> str:
-    """Return a line for each recipe: its title, and the seconds that it took."""
+    """Return a line for each recipe: its title, and the seconds that it took. ValueError: there is
+    none."""
     rows = []
+    if not recipe_names(folder):
+        raise ValueError(
+            f"{folder} holds no recipe: give this command in a clone of the repository, or name its"
+            " folder results by --results"
+        )
     for name in recipe_names(folder):
         recipe, path = read_recipe(folder, name), folder / f"{name}.json"
         text = "not measured yet"

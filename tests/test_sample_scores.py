@@ -235,12 +235,13 @@ def test_each_sample_is_drawn_beside_its_nearest_training_picture(tmp_path, caps
         "001": "a green sea",
         "002": "sand",
         "003": "ice",
-        "wide": "a fog",
+        "wide": "a mist",
     }
     rows = [
         {"id": name, "image_path": f"{name}.png", "caption": caption}
         for name, caption in captions.items()
     ]
+    rows[-1]["captions"] = ["a mist", "a fog"]
     (real / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = tmp_path / "samples"
     drawn = {"0": (real / "001.png", "a green sea"), "1": (real / "wide.png", "a fog")}
@@ -272,7 +273,7 @@ def test_each_sample_is_drawn_beside_its_nearest_training_picture(tmp_path, caps
     assert (cells[2, 0, :, -40:] == 1).all() and shown.mean() < 0.95
     assert texts[2] == "sample 1.png: a fog"
     assert texts[3].startswith(
-        "nearest real, 0 away, nearer than 100% of held-out items: wide a fog"
+        "nearest real, 0 away, nearer than 100% of held-out items: wide a mist"
     )
     with pytest.raises(SystemExit):
         compare_samples.main(["--samples", str(samples), "--clip_score", "x", "--nearest", "s.png"])

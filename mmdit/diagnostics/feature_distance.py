@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.media_sets import Shape
 from mmdit.data.dataset.records import Record
 from mmdit.diagnostics.cache_sheet import CELL, FRAMES, fitted
@@ -301,14 +302,15 @@ class FeatureDistance:
         }
 
     def _own_caption(self, nearest: list[int]) -> dict[str, int] | None:
-        """Return how many samples have the caption of a real item, and how many of these are
-        nearest to such an item; None if none has."""
-        known = {record.caption for record in self.records if record.caption}
+        """Return how many samples have a caption of a real item, and how many of these are nearest
+        to such an item; None if none has."""
+        of_item = [set(all_captions(record.caption, record.facts)) for record in self.records]
+        known = set().union(*of_item) - {""}
         captions = [self.captions[name] for name in self.drawn.names]
         shared = [(caption, n) for caption, n in zip(captions, nearest) if caption in known]
         if not shared:
             return None
-        met = sum(caption == self.records[number].caption for caption, number in shared)
+        met = sum(caption in of_item[number] for caption, number in shared)
         return {"samples": len(shared), "nearest": met}
 
     def _warnings(self, limit: dict | None, few: bool) -> Iterator[str]:

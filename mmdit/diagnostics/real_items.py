@@ -66,7 +66,8 @@ class RealItems:
     def _decoded(self, cache: LatentCache) -> Iterator[tuple[Record, Tensor]]:
         count = 0
         for number, id in enumerate(cache.ids):
-            record = Record(id, f"{self.source}/{id}", cache.captions[number])
+            path = f"{self.source}/{id}"
+            record = Record(id, path, cache.captions[number], cache.facts[number])
             try:
                 yield record, self._frames(cache, number, self.shape)
                 count += 1

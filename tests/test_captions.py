@@ -16,6 +16,7 @@ from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.captions import (
     CaptionsConfig,
     drawn_captions,
+    fixed_captions,
     length_report,
     trim,
     with_trigger,
@@ -125,6 +126,15 @@ def test_trimming_removes_what_holds_a_keyword_and_nothing_else(caption, expecte
         CaptionsConfig(trim_keywords=("watermark",), trim_prob=0.25), [["a, watermark"]] * 2000
     )
     assert abs(half.count("a") / 2000 - 0.25) < 0.04
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_what_a_caption_may_become_is_known_where_nothing_is_left_out_or_shuffled(share):
+    """Embeddings of these are made ahead."""
+    config = CaptionsConfig(trigger="zork", trim_keywords=("watermark",), trim_prob=share)
+    for caption in ("a, watermark", "a [trigger]", "watermark", ""):
+        assert set(fixed_captions(caption, config)) == set(drawn(config, [[caption]] * 64))
+    assert fixed_captions("a, b", CaptionsConfig()) == ["a, b"]
 
 
 @pytest.mark.parametrize(

@@ -1068,13 +1068,13 @@ def test_the_boundary_is_the_release_s(pair, tmp_path, capsys):
     assert learner.objective.config.between == single.model.between == (0.0, 0.9)
 
 
-def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
+def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path, capsys):
     """The trigger word is for captions, not for what guidance leads away from."""
     (tmp_path / "p.yaml").write_text(
         "prompts: [" + ", ".join(f"a cat {i}" for i in range(17)) + "]"
     )
     words = [
-        "captions={trigger: zork}",
+        "captions={trigger: zork, trim_keywords: [background]}",
         "train.sample_negative_prompt=ugly blurry",
         "train.sample_prompts=[a star]",
         f"posttrain.prompts={tmp_path}/p.yaml",
@@ -1085,6 +1085,9 @@ def test_captions_are_cached_as_they_will_be_asked_for(shop, tmp_path):
     assert {"", "ugly blurry", "zork, a star", "zork, a cat 0", "zork, a cat 16"} <= {*texts}
     assert "zork, ugly blurry" not in texts and "zork" not in texts and "a cat 0" not in texts
     assert any(text.startswith("zork, ") for text in texts)
+    kept = [*words, "--cache_dir", str(shop.cache()), "captions.shuffle=true"]
+    assert cache_text.main(["--config", str(shop.config), "--device", "cpu", *kept]) == 0
+    assert "make other captions while training" in capsys.readouterr().out
     assert cache_text.main(["--config", str(shop.config), "--device", "cpu", *words]) == 0
     encoder = build_text_encoder(config.text_encoder)
     encoder([f"zork, a cat {i}" for i in range(17)] + ["ugly blurry"])

@@ -11,7 +11,7 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.packed import shards_of
 from mmdit.data.cache.tar_shards import noted_text_encoder, stored_embeddings
 from mmdit.data.dataset.buckets import target_sizes
-from mmdit.data.dataset.captions import all_captions, with_trigger
+from mmdit.data.dataset.captions import all_captions, fixed_captions, with_trigger
 from mmdit.data.dataset.records import media_of, read_records
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.text_encoders import build_text_encoder
@@ -28,9 +28,10 @@ def asked_texts(config: ExperimentConfig, sources: Sequence[SourceConfig]) -> li
         prompts += config.train.sample_prompts
     for source in sources:
         texts += [
-            source.caption_prefix + with_trigger(text, config.captions)
+            source.caption_prefix + text
             for caption, facts in _captions(source)
-            for text in all_captions(caption, facts)
+            for written in all_captions(caption, facts)
+            for text in fixed_captions(written, config.captions)
         ]
     if config.posttrain:
         settings, video = config.posttrain, config.video
@@ -85,3 +86,8 @@ def encode_captions(
     for start in tqdm(range(0, len(captions), batch_size), desc="encoding captions"):
         encoder(captions[start : start + batch_size])
     print(f"{len(captions)} captions are in {config.text_encoder.cache_dir}")
+    if sources and (config.captions.shuffle or config.captions.token_dropout):
+        print(
+            "captions.shuffle and captions.token_dropout make other captions while training: these"
+            " are encoded then, for which the text encoder is loaded"
+        )

@@ -174,6 +174,15 @@ def drawn_captions(several: list[list[str]], config: CaptionsConfig, draws: Draw
     return [with_trigger(caption, config) for caption in captions]
 
 
+def fixed_captions(caption: str, config: CaptionsConfig) -> list[str]:
+    """Return what `drawn_captions` may make of a caption whose tokens are neither left out nor
+    shuffled."""
+    texts = [caption] if config.trim_prob < 1 or not config.trim_keywords else []
+    if config.trim_keywords and config.trim_prob:
+        texts.append(trim(caption, config))
+    return [with_trigger(text, config) for text in texts]
+
+
 def length_report(several: list[list[str]]) -> dict:
     """Return how long the captions of a collection are, in words: what a text encoder of limited
     length will cut shows here."""

@@ -101,8 +101,10 @@ def test_resume_goes_on_exactly_and_tells_what_changed(shop, capsys):
     assert len(list(parts.glob("config.before-*.yaml"))) == 1, "the earlier config is kept"
     assert all(torch.equal(value, tensors(parts)[name]) for name, value in tensors(whole).items())
     capsys.readouterr()
-    shop.train("parts", "--resume", "train.max_steps=5")
-    assert "nothing left to do: train.max_steps is 5" in capsys.readouterr().out
+    ran = (parts / "config.yaml").read_bytes()
+    shop.train("parts", "--resume", "train.max_steps=4", "train.lr=0.5")
+    assert "nothing left to do: train.max_steps is 4" in capsys.readouterr().out
+    assert (parts / "config.yaml").read_bytes() == ran, "it says what was run"
 
 
 @pytest.mark.parametrize(
@@ -686,7 +688,7 @@ def test_more_sizes_than_are_compiled_are_told(tmp_path, capsys, count):
     rows = [{"grid": [i, 1], "steps": "images"} for i in range(count)]
     plan = SimpleNamespace(report=lambda: "", table=lambda: rows)
     learner = SimpleNamespace(model=nn.Linear(1, 1), text_encoder=nn.Linear(1, 1))
-    describe(ExperimentConfig("x", output_dir=str(tmp_path)), learner, plan, tmp_path / "x")
+    describe(ExperimentConfig("x", output_dir=str(tmp_path)), learner, plan)
     assert ("33 sizes: where blocks are compiled" in capsys.readouterr().out) == (count == 33)
 
 
@@ -731,7 +733,7 @@ def test_the_line_about_idle_keys_is_true_and_printed(shop, tmp_path, capsys):
     config = load_experiment_config(shop.config, words)
     learner = build_learner(config, build_tokenizer(config.tokenizer).spec)
     plan = SimpleNamespace(report=lambda: "", table=list)
-    describe(config, learner, plan, tmp_path / "x")
+    describe(config, learner, plan)
     assert "model.joint_position (model.temporal_position is false" in capsys.readouterr().out
     model, text = learner.model.eval(), learner.text_encoder(["a"])
     for weight in model.parameters():

@@ -259,7 +259,8 @@ def posttrain(
         if dry_run:
             return True
         if world.is_main:
-            write_config(config.run_dir, config_io.to_yaml(config))
+            done = state.step >= config.train.max_steps
+            write_config(config.run_dir, config_io.to_yaml(config), done)
             record_start(config.run_dir, world, state.step, "\n".join(about), command)
         session.tracker = stack.enter_context(
             tracking(

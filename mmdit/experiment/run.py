@@ -86,7 +86,9 @@ def run_training(
         run.continue_from_start()
         check_weights(run.learner)
         if world.is_main:
-            describe(config, run.learner, run.plan, config.run_dir)
+            done = run.state.step >= train.max_steps
+            write_config(config.run_dir, config_io.to_yaml(config), done)
+            describe(config, run.learner, run.plan)
             record_start(config.run_dir, world, run.state.step, run.plan.report(), command)
         with tracking(
             config.track, config.run_dir, run.state.step, config_io.encode(config), world.is_main
@@ -309,16 +311,13 @@ class Run:
         return previews
 
 
-def describe(
-    config: ExperimentConfig, learner: Learner, plan: BatchPlan | MixedPlan, run_dir: Path
-) -> None:
-    """Write config.yaml and say what is about to happen."""
-    write_config(run_dir, config_io.to_yaml(config))
+def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan | MixedPlan) -> None:
+    """Say what is about to happen."""
 
     def millions(module: nn.Module) -> str:
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 
-    print(f"run folder {run_dir}")
+    print(f"run folder {config.run_dir}")
     print(
         f"model {millions(learner.model)} parameters, text encoder {millions(learner.text_encoder)}"
     )

@@ -203,10 +203,13 @@ def check_same_latents(
         )
 
 
-def write_config(run_dir: Path, text: str) -> None:
-    """Write config.yaml; an earlier one that a resume changes is kept under another name."""
+def write_config(run_dir: Path, text: str, done: bool = False) -> None:
+    """Write config.yaml; an earlier one that a resume changes is kept under another name. `done`:
+    nothing will be run, and one that is there stays: it says what was."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
+    if done and path.exists():
+        return
     if path.exists():  # a resume with another config: keep the earlier one
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         before = read_bytes(path)

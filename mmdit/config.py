@@ -294,7 +294,11 @@ def decode(hint: Any, value: Any, path: str = "") -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(path, f"is {value!r}, must be a list, for example [a, b]")
+            example = "a list, for example [a, b]"
+            if dataclasses.is_dataclass(arguments[0]):
+                keys = ", ".join(field.name for field in dataclasses.fields(arguments[0]))
+                example = f"a list of sections, each with {keys}"
+            raise ConfigError(path, f"is {value!r}, must be {example}")
         if arguments[-1] is Ellipsis:
             return tuple(decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
         if len(value) != len(arguments):

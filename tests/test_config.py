@@ -80,6 +80,12 @@ def test_a_number_of_sampling_steps_that_cannot_be_meant_is_refused_by_its_key(s
         decode(ExperimentConfig, {"experiment_name": "x", "train": {"sample_num_steps": steps}})
 
 
+def test_a_list_of_sections_says_what_they_hold():
+    base = {"experiment_name": "x", "lora": {"per_module": {"ffn.0": 2}}}
+    with pytest.raises(ConfigError, match="a list of sections, each with modules, rank, alpha"):
+        decode(ExperimentConfig, base)
+
+
 def test_digits_of_other_scripts_are_text():
     assert parse_yaml("name: \uff13")[0] == {"name": "\uff13"}
 

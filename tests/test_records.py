@@ -38,7 +38,7 @@ def test_reads_any_script_keeps_facts_and_resolves_paths_from_its_own_folder(tmp
         ('{"id": "a", "image_path": ', "not valid JSON"),
         ("[1, 2]", "not an object"),
         ({"id": "a", "image_path": "a.png"}, 'no "caption"'),
-        ({"id": "a", "frames_dir": "a", "caption": ""}, "cache it with the other script"),
+        ({"id": "a", "frames_dir": "a", "caption": ""}, "cache it with mmdit cache-latents"),
         ({"id": 5, "image_path": "a.png", "caption": ""}, "must be text"),
         ({"id": "a", "image_path": "a.png", "caption": ["x"]}, "must be text"),
         ({"id": "a", "image_path": "", "caption": "x"}, "must be the path"),

@@ -137,7 +137,10 @@ def test_bad_data_is_refused(shop, pictures, capsys):
         "keys here: id, image_path",
     )
     cache(
-        [good], 'has no "frames_dir"', "cache it with the other script", main=cache_vtp_latents.main
+        [good],
+        'has no "frames_dir"',
+        "cache it with mmdit cache-images",
+        main=cache_vtp_latents.main,
     )
     cache(
         [{**good, "image_path": "d.png"}],

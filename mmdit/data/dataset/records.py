@@ -186,7 +186,8 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
         hint = ""
         others = [other for other in WHAT if other not in PATH_KEYS[media] and other in row]
         if name == wanted and others:
-            hint = f' (it has "{others[0]}": cache it with the other script)'
+            command = "cache-latents" if media == "image" else "cache-images"
+            hint = f' (it has "{others[0]}": cache it with mmdit {command})'
         raise ValueError(f'has no "{name}"{hint}; keys here: {", ".join(row) or "none"}')
     check_id(row["id"])
     captions = captions_of(row)

@@ -68,6 +68,9 @@ class LatentCache:
     def load_frames(self, index: int, frames: Tensor, out: Tensor) -> None:
         """Read the frames `(F,)`, ascending, of item `index` into `out (F, H, W, C)`, and of those
         between them no more than costs less than another read. See `load`."""
+        if len(frames) == 1:
+            self.load(index, int(frames), int(frames) + 1, out)
+            return
         wanted, target = frames.numpy(), out.numpy()
         frame_bytes = int(self._frame_bytes[index])
         cuts = np.flatnonzero(np.diff(wanted) > READ_OVER // frame_bytes + 1) + 1

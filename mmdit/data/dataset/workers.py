@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pickle
@@ -222,6 +223,7 @@ def helping_processes(count: int) -> Iterator[Executor | None]:
     if not count:
         yield None
         return
+    gc.freeze()  # each process would walk again and again, and so copy, all that was imported
     try:
         with ProcessPoolExecutor(count, initializer=_begin_helping) as pool:
             pool.submit(int).result()  # forked now, before this process has further threads
@@ -232,6 +234,8 @@ def helping_processes(count: int) -> Iterator[Executor | None]:
             " machine (or container limit) with more memory, and give the same command again, it"
             " goes on from there"
         ) from None
+    finally:
+        gc.unfreeze()
 
 
 def _begin_helping() -> None:

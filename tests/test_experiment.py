@@ -17,6 +17,7 @@ from torch import nn
 from mmdit import config as config_io
 from mmdit.adapters import is_adapter, lora_state
 from mmdit.config import ConfigError
+from mmdit.experiment import run
 from mmdit.experiment.build import build_learner, start_from
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.idle_keys import idle_keys
@@ -29,6 +30,7 @@ from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import kept_no_longer
 from mmdit.training.metrics import MetricsLog
+from mmdit.training.train_config import TrainConfig
 from tests.helpers.tiny import FOUR_STEPS, Workshop, refused
 
 PROMPTS = ["a large red star on a navy background", "blue"]
@@ -690,6 +692,17 @@ def test_more_sizes_than_are_compiled_are_told(tmp_path, capsys, count):
     learner = SimpleNamespace(model=nn.Linear(1, 1), text_encoder=nn.Linear(1, 1))
     describe(ExperimentConfig("x", output_dir=str(tmp_path)), learner, plan)
     assert ("33 sizes: where blocks are compiled" in capsys.readouterr().out) == (count == 33)
+
+
+@pytest.mark.parametrize(
+    "precision, times, said", [("bf16", 30, True), ("bf16", 1.2, False), ("fp32", 30, False)]
+)
+def test_a_cpu_that_multiplies_bfloat16_slowly_is_told(monkeypatch, precision, times, said):
+    monkeypatch.setattr(run, "bfloat16_slowdown", lambda: times)
+    config = ExperimentConfig("x", train=TrainConfig(precision=precision))
+    lines = list(run.slow_products(config, torch.device("cpu")))
+    assert [line.count("30 times as long") for line in lines] == [1] * said
+    assert not list(run.slow_products(config, torch.device("meta")))
 
 
 ADAPTED = ["lora.enabled=true", "train.init_from=base"]

@@ -32,8 +32,9 @@ def stepped(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], st
 
 @pytest.mark.parametrize("at_once", [2**26, 1])
 def test_steps_are_those_of_torch(monkeypatch, at_once):
-    """Within the rounding of bfloat16, in which both orthogonalize."""
+    """In float32, as ours orthogonalize on a CPU; torch's do in bfloat16 everywhere."""
     monkeypatch.setattr(muon, "AT_ONCE", at_once)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     start = matrices()
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
     optimizer = StackedMuon(ours, **SETTINGS)
@@ -43,7 +44,7 @@ def test_steps_are_those_of_torch(monkeypatch, at_once):
     for p, expected, before in zip(ours, theirs, start, strict=True):
         moved = (expected - before).norm()
         assert moved > 0.005 * before.norm()
-        assert (p - expected).norm() < 0.01 * moved
+        assert (p - expected).norm() < 1e-5 * moved
         momenta = (
             part.state[p]["momentum_buffer"] for part, p in ((optimizer, p), (reference, expected))
         )

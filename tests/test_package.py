@@ -139,6 +139,7 @@ def test_the_doctor_says_what_is_there_and_why_fast_paths_are_off(tmp_path):
     assert rows["shipped files"] == "all there"
     assert "GB free" in rows["disk"]
     assert rows["float32 products"] == "in float32"
+    assert re.search(r"bfloat16 takes \d+\.\d times as long as float32", rows["CPU"])
     named = {extra for extra, _ in doctor.OPTIONAL.values()}
     assert named == PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
     assert doctor.OPTIONAL.keys() <= rows.keys()

@@ -17,6 +17,7 @@ from mmdit.data.dataset.workers import cores
 from mmdit.nn import kernels
 from mmdit.shipped import shipped_path
 from mmdit.training.media import h264
+from mmdit.training.step_report import bfloat16_slowdown
 
 GB = 1e9
 # What stands on each optional package, and the extra of `pip install "mmdit[…]"` that brings it.
@@ -56,7 +57,8 @@ def report(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "float32 products", _float32_products()
     yield (
         "CPU",
-        f"{cores()} cores for this process, {torch.get_num_threads()} threads of torch",
+        f"{cores()} cores for this process, {torch.get_num_threads()} threads of torch; bfloat16"
+        f" takes {bfloat16_slowdown():.1f} times as long as float32",
     )
     yield "memory", _host_memory()
     yield from _disks()

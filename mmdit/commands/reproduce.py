@@ -357,9 +357,13 @@ class Chain:
         return self.out / "cache" / maker.name
 
     def _overrides(self, stage: Stage) -> list[str]:
-        overrides = [*stage.overrides, f"experiment_name={stage.name}", f"seed={self.seed}"]
-        overrides += [f"output_dir={self.folder}"]
-        overrides += self.recipe.tokenizer_of(stage, self.out / "tokenizers")
+        overrides = [
+            *stage.overrides,
+            f"experiment_name={stage.name}",
+            f"seed={self.seed}",
+            f"output_dir={self.folder}",
+            *self.recipe.tokenizer_of(stage, self.out / "tokenizers"),
+        ]
         if stage.init_from:
             overrides += [f"train.init_from={self.folder / stage.init_from}"]
         return overrides

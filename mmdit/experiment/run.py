@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmdit import config as config_io
@@ -55,6 +57,7 @@ from mmdit.training.previews import Previews
 from mmdit.training.run_start import continues, record_start
 from mmdit.training.runs import hold
 from mmdit.training.saving import BackgroundSaves, snapshots
+from mmdit.training.step_report import bfloat16_slowdown
 from mmdit.training.trackers import Tracker, require_library, tracking
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
@@ -326,10 +329,24 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan | Mixed
     if config.experts.enabled:
         assert learner.experts is not None
         print(learner.experts.describe())
-    for line in [*expert_notes(config), *idle_keys(config)]:
+    slow = slow_products(config, next(learner.model.parameters()).device)
+    for line in [*expert_notes(config), *idle_keys(config), *slow]:
         print(line)
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())
     if config.video.tile is not None:
         print("training on tiles of {}x{} pixels at drawn places".format(*config.video.tile))
     print(plan.report() + beyond_graphs(plan.table(), config.train.compile), flush=True)
+
+
+def slow_products(config: ExperimentConfig, device: torch.device) -> Iterator[str]:
+    """Yield a line if float32 would be much faster than the bfloat16 that a config asks for."""
+    precision = config.train.precision
+    if device.type != "cpu" or precision == "fp32":
+        return
+    times = bfloat16_slowdown()
+    if times >= 2:
+        yield (
+            f"train.precision is {precision}, and products of bfloat16 take {times:.0f} times as"
+            " long as those of float32 on this CPU: train.precision=fp32 is faster here"
+        )

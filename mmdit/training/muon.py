@@ -67,10 +67,11 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Return `matrices (n, rows, columns)` with singular values near 1 (0.7 … 1.2), in bfloat16,
-    by `steps` of the Newton-Schulz iteration of Jordan et al. (2024), whose three coefficients
-    pull small singular values up fastest."""
-    x = matrices.bfloat16()
+    """Return `matrices (n, rows, columns)` with singular values near 1 (0.7 … 1.2), by `steps` of
+    the Newton-Schulz iteration of Jordan et al. (2024), whose three coefficients pull small
+    singular values up fastest; in bfloat16, or on a CPU in float32, for many CPUs have no
+    instructions for bfloat16 and take twenty times as long."""
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

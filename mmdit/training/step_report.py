@@ -8,6 +8,7 @@ import statistics
 import time
 import uuid
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +117,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 16) -> 
     end.record()
     end.synchronize()
     return 2 * size**3 * repeats / (begin.elapsed_time(end) * 1e-3)
+
+
+@cache
+def bfloat16_slowdown() -> float:
+    """Return how many times as long a product of matrices takes in bfloat16 as in float32 on this
+    CPU, measured in a tenth of a second: many have no instructions for bfloat16."""
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        tries = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            tries.append(time.perf_counter() - begin)
+        seconds.append(min(tries))
+    return seconds[0] / seconds[1]
 
 
 class Monitor:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.nn import functional
 
 from mmdit.config import ConfigError
+from mmdit.data.batches.data_report import skipped
 from mmdit.data.cache.caching import Caching
 from mmdit.data.cache.half_latents import HalfLatents
 from mmdit.data.cache.items import Entry, load_item, make_item, read_entry, running_crcs
@@ -95,6 +96,31 @@ def contents(folder):
         for path in sorted(Path(folder).rglob("*"))
         if path.is_file()
     }
+
+
+def test_lists_of_what_was_skipped_are_of_the_last_run_whoever_shared_it(images, tmp_path):
+    """Of two processes, of one, and in a packed copy."""
+    folder, packed = tmp_path / "cache", tmp_path / "packed"
+    records = read_records(images, "image")
+    for picture in records[:2]:
+        Path(picture.path).rename(f"{picture.path}.away")
+
+    def lists():
+        pack_cache(folder, packed)
+        names = [sorted(path.name for path in at.glob("skipped*")) for at in (folder, packed)]
+        assert names[0] == names[1]
+        return names[0]
+
+    for rank in (0, 1):
+        run(images, folder, rank=rank, world=2)
+    assert lists() == ["skipped-0.jsonl", "skipped-1.jsonl"] and skipped(folder)["items"] == 2
+    run(images, folder)
+    assert lists() == ["skipped.jsonl"] and skipped(folder)["items"] == 2
+    for picture in records[:2]:
+        Path(f"{picture.path}.away").rename(picture.path)
+    for rank in (0, 1):
+        run(images, folder, rank=rank, world=2)
+    assert lists() == [] and skipped(packed)["items"] == 0
 
 
 def test_each_item_is_one_plain_file_as_documented(images, tmp_path):

@@ -259,8 +259,11 @@ def posttrain(
         if dry_run:
             return True
         if world.is_main:
-            done = state.step >= config.train.max_steps
-            write_config(config.run_dir, config_io.to_yaml(config), done)
+            write_config(
+                config.run_dir,
+                config_io.to_yaml(config),
+                done=state.step >= config.train.max_steps,
+            )
             record_start(config.run_dir, world, state.step, "\n".join(about), command)
         session.tracker = stack.enter_context(
             tracking(

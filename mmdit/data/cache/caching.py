@@ -105,8 +105,7 @@ class Caching:
         finally:
             self.saver.close()
             self.writer.close()
-            name = f"skipped-{self.rank}.jsonl" if self.world > 1 else "skipped.jsonl"
-            list_skipped(Path(self.out_dir) / name, self.report.skipped)
+            self._list_skipped()
         if self.world == 1:
             self._describe_cache()
         self.report.seconds = time.monotonic() - begin
@@ -257,6 +256,19 @@ class Caching:
         return True
 
     # ── the report ────────────────────────────────────────────────────────────────────────────────
+    def _list_skipped(self) -> None:
+        """Write what this process has skipped. Lists of another number of processes go: all their
+        records were looked at again."""
+        names = [f"skipped-{rank}.jsonl" for rank in range(self.world)]
+        if self.world == 1:
+            names = ["skipped.jsonl"]
+        folder = Path(self.out_dir)
+        if self.rank == 0 and not self.report.interrupted:
+            for path in folder.glob("skipped*.jsonl"):
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+        list_skipped(folder / names[self.rank], self.report.skipped)
+
     def _find_strangers(self) -> None:
         """Find the items that belong to none of the records, and take them out if asked to."""
         if self.rank:

@@ -82,6 +82,9 @@ def pack_cache(
     with (out / "manifest.json").open("rb") as manifest:
         lock(manifest)
         clean(out)
+        for path in out.glob("skipped*.jsonl"):  # of an earlier packing
+            if not (folder / path.name).exists():
+                path.unlink(missing_ok=True)
         for path in folder.glob("skipped*.jsonl"):
             write_atomically(refuse_link(out / path.name), path.read_bytes())
         _note_text_encoder(out, embeddings)

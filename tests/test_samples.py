@@ -105,10 +105,14 @@ def test_a_sample_that_is_gone_is_drawn_anew_one_of_another_prompt_if_asked(draw
     prompts = [*PROMPTS[:3], "a black ring", PROMPTS[4], "a sixth"]
     with pytest.raises(AssertionError):  # refused
         draw("out", prompts=prompts)
-    assert "1 samples in" in capsys.readouterr().err and draw.calls == []
+    said = capsys.readouterr().err
+    assert "1 samples in" in said and "not asked for" not in said and draw.calls == []
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
     draw("out", "--replace", prompts=prompts)
     assert draw.calls == [2, 3, 4, 5] and "4 of 6 samples are in" in capsys.readouterr().out
+    with pytest.raises(AssertionError):
+        draw("out", prompts=PROMPTS[:2])
+    assert "--replace to draw them anew; 4 of them are not asked for now" in capsys.readouterr().err
     assert draw("out", "--replace", prompts=PROMPTS[:2]).keys() == {
         "0000.png",
         "0001.png",

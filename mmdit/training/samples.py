@@ -189,9 +189,13 @@ class SampleFolder:
         if changed:
             why = f"were drawn otherwise ({'; '.join(changed[:4])[:600]})"
         what = f"{len(lost)} samples in {self.folder} {why}"
+        left = sum(int(Path(name).stem) not in self.requests for name in lost)
+        also = f"; {left} of them are not asked for now, and removed" if left else ""
         if not self.replace:
-            raise ValueError(f"{what}: choose another --out, or give --replace to draw them anew")
-        self.said.append(f"{what}: they are replaced")
+            raise ValueError(
+                f"{what}: choose another --out, or give --replace to draw them anew{also}"
+            )
+        self.said.append(f"{what}: they are replaced{also}")
 
     def missing(self, batch_size: int) -> Iterator[list[int]]:
         """Yield the numbers of every batch that lacks a sample. Batches are what they are without

@@ -15,7 +15,7 @@ from mmdit.training.run_start import read_starts
 
 FIGURES = {  # name in metrics.jsonl: how it is shown
     "loss": "loss {:.4g}",
-    "loss_ema_100": "loss, mean of the last 100 steps {:.4g}",
+    "loss_ema_100": "loss, running mean over 100 steps {:.4g}",
     "val_loss_ema": "validation loss, averaged weights {:.4g}",
     "val_loss": "validation loss {:.4g}",
     "held_out_prompt_accuracy": "held-out prompt accuracy {:.3f}",

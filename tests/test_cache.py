@@ -585,6 +585,20 @@ def test_several_threads_write_what_one_does(tmp_path, monkeypatch):
     assert contents(tmp_path / "threads") == contents(tmp_path / "serial")
 
 
+def test_a_helping_process_writes_pictures_as_this_one_does(images, tmp_path, monkeypatch):
+    run(images, tmp_path / "alone")
+    monkeypatch.setattr("mmdit.data.dataset.workers.ITEMS_PER_HELPER", 5)
+    here = os.getpid()
+
+    def elsewhere(id):
+        assert os.getpid() != here
+        return id
+
+    monkeypatch.setattr("mmdit.data.cache.writer.check_id", elsewhere)
+    run(images, tmp_path / "helped", num_workers=4, batch_size=5)
+    assert contents(tmp_path / "helped") == contents(tmp_path / "alone")
+
+
 def test_a_failure_of_a_saving_thread_or_of_a_flush_stops_the_work(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -234,7 +234,7 @@ def test_helping_processes_write_what_this_one_does_and_a_run_goes_on_where_one_
         return contents(tmp_path / name)
 
     alone, here = cached("alone"), os.getpid()
-    monkeypatch.setattr(module, "SAMPLES_PER_HELPER", 5)
+    monkeypatch.setattr("mmdit.data.dataset.workers.ITEMS_PER_HELPER", 5)
     monkeypatch.setattr(module, "DRAWN", 2)
 
     def full(id):

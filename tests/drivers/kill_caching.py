@@ -5,10 +5,10 @@ command again each time.
         --kills 30          (also: pytest -m slow tests/test_processes.py)
 
 After every kill each item that bears its name equals the undisturbed run's, byte for byte; each
-cache that gets finished (30 pictures, some damaged, in two buckets with two crops, decoded by a
-worker process; with --generated 30 moving shapes, likewise, written by helping processes) is the
-undisturbed one, file for file.
-At least one goes through a third of the kills. Prints one JSON object.
+cache that gets finished (30 pictures, some damaged, in two buckets with two crops, decoded by
+worker processes and written by helping ones; with --generated 30 moving shapes, likewise) is the
+undisturbed one, file for file. At least one goes through a third of the kills. Prints one JSON
+object.
 """
 
 import argparse
@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmdit.data.dataset import workers
 from mmdit.data.moving_shapes import latents
 from mmdit.scripts import cache_moving_shapes, cache_vtp_images
 from tests.helpers.forked_runs import die_at, fork, must, wait
 
 CONFIG = {
     "experiment_name": "killed",
-    "num_workers": 1,
+    "num_workers": 4,  # of which one helps to write
     "tokenizer": {"type": "dummy", "latent_d": 4},
     "bucketing": {"enabled": True, "buckets": [[64, 64], [96, 48]]},
     "preprocess": {"crop": "shifted", "num_crops": 2, "seed": 1},
@@ -57,12 +58,12 @@ def make(folder: Path) -> None:
 def start(folder: Path, out: Path, generated: bool, operation: int | None = None) -> int:
     """Start the caching command in a process of its own; return its id."""
     words = ["--config", str(folder / "config.yaml"), "--out_dir", str(out), "--device", "cpu"]
+    workers.ITEMS_PER_HELPER, latents.DRAWN = PICTURES // 2, 4
     if generated:
-        latents.SAMPLES_PER_HELPER, latents.DRAWN = PICTURES // 2, 4
         command, words = cache_moving_shapes.main, [*words, "--count", str(PICTURES)]
     else:
         command = cache_vtp_images.main
-        words += ["--meta_jsonl", str(folder), "--batch_size", "2"]
+        words += ["--meta_jsonl", str(folder), "--batch_size", "4"]
 
     def work() -> int:
         if operation is not None:
@@ -101,7 +102,7 @@ def kills(folder: Path, count: int, chance: random.Random, generated: bool) -> d
             time.sleep(chance.uniform(0, 0.8 * seconds))
             os.kill(pid, signal.SIGKILL)  # if it has ended it waits for us as a zombie
         code = wait(pid)
-        if code and generated:
+        if code:
             time.sleep(0.1)  # the processes that helped it end a moment later
         if code not in (0, -signal.SIGKILL):
             must([code], folder)

@@ -83,6 +83,11 @@ class CacheManifest:
         """Return (width, height) in pixels of latents of a shape `(F, H, W, C)`."""
         return shape[2] * self.spec.spatial, shape[1] * self.spec.spatial
 
+    def item_bytes(self, frames: int) -> int:
+        """Return how many bytes the latents of the largest item of so many latent frames take."""
+        pixels = max([self.max_pixels_per_frame, *(math.prod(size) for size in self.sizes)])
+        return 2 * frames * pixels // self.spec.spatial**2 * self.spec.channels
+
     @property
     def joined(self) -> int | None:
         """Return how many latent frames of a clip were encoded together, one such sample behind the

@@ -243,7 +243,8 @@ class CacheWriter:
         parts = [slice(first, first + size) for first in range(0, len(ids), size)]
         portions = [(ids[part], half[part].numpy(), rows[part]) for part in parts]
         work = partial(_write_portion, self.folder, place)
-        for written in self._helpers.map(work, portions):
+        pool = self._helpers if len(parts) > 1 else self._threads  # one is not worth the sending
+        for written in pool.map(work, portions):
             self.entries.update((entry.id, entry) for entry, _ in written)
             self._append(line for _, line in written)
         return bad

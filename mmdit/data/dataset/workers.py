@@ -29,6 +29,8 @@ from mmdit.data.dataset.records import Record
 from mmdit.files import naming
 
 KILLED = "the process that read it was killed (out of memory?)"
+ITEMS_PER_HELPER = 2048  # of fewer it would save less time than its start takes
+LARGE = 1 << 18  # bytes of an item that processes would rather not send each other
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -215,6 +217,14 @@ def each(
 
 
 # ── work that is handed over ──────────────────────────────────────────────────────────────────────
+def helper_count(items: int, item_bytes: int, most: int) -> int:
+    """Return how many processes, at most `most`, shall help to write so many items of so many
+    bytes: none where items are few or large."""
+    if item_bytes > LARGE:
+        return 0
+    return min(most, cores(), items // ITEMS_PER_HELPER)
+
+
 @contextlib.contextmanager
 def helping_processes(count: int) -> Iterator[Executor | None]:
     """Start processes that do what they are given while the block runs, and yield them; None if

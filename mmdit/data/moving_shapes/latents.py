@@ -27,7 +27,7 @@ from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.writer import CacheWriter, Row, SavingThreads, explain_disk_errors
 from mmdit.data.dataset.buckets import Size
 from mmdit.data.dataset.frames import PreprocessConfig
-from mmdit.data.dataset.workers import ahead, cores, helping_processes
+from mmdit.data.dataset.workers import ahead, helper_count, helping_processes
 from mmdit.data.moving_shapes.canvases import Canvases
 from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.interfaces import Tokenizer
@@ -36,8 +36,6 @@ from mmdit.pixels import to_unit
 # rendered and encoded at once: enough to keep a GPU busy, and the writing threads
 CHUNK_PIXELS = {"cpu": 1 << 24, "cuda": 1 << 26}
 HELPERS = 12  # processes at most: then the one that they help is the slowest
-SAMPLES_PER_HELPER = 2048  # of fewer it would save less time than its start takes
-LARGE = 1 << 18  # bytes of an item that processes would rather not send each other
 DRAWN = 256  # samples drawn at a time by a helper
 AHEAD = 32  # portions of them that are drawn ahead
 
@@ -80,8 +78,9 @@ def cache_moving_shapes(
     made with other settings, or of another recipe."""
     canvases = canvases or Canvases.of(manifest, PreprocessConfig(), recipe)
     recipe = _drawn_on(recipe, canvases.sizes[0])
+    item_bytes = manifest.item_bytes(manifest.spec.frames(recipe.frames))
     with (
-        helping_processes(_helpers(manifest, recipe, count)) as helpers,
+        helping_processes(helper_count(count, item_bytes, HELPERS)) as helpers,
         CacheWriter(out_dir, manifest, forgiving=True, helpers=helpers) as writer,
         contextlib.closing(SavingThreads()) as saver,
     ):
@@ -107,15 +106,6 @@ def cache_moving_shapes(
                 bar.update(len(samples))
             saver.wait()
     return len(missing)
-
-
-def _helpers(manifest: CacheManifest, recipe: Recipe, count: int) -> int:
-    """Return how many processes shall help."""
-    spec = manifest.spec
-    rows, columns = spec.grid(recipe.width, recipe.height)
-    if 2 * spec.frames(recipe.frames) * rows * columns * spec.channels > LARGE:
-        return 0
-    return min(cores(), HELPERS, count // SAMPLES_PER_HELPER)
 
 
 def _drawn_on(recipe: Recipe, canvas: Size) -> Recipe:

@@ -22,7 +22,7 @@ from mmdit.ui.templating import Templates
 SHOWN_FILES = {".png": "image/png", ".mp4": "video/mp4", ".gif": "image/gif"}
 MOST_RUNS = 8  # over each other
 FIGURES = {  # of the list: a heading and the name in metrics.jsonl
-    "loss": "loss_ema_100",
+    "loss, running mean": "loss_ema_100",
     "validation": "val_loss",
     "samples/s": "samples_per_second",
     "memory, GB": "memory_gb",

@@ -360,6 +360,26 @@ def test_a_folder_of_a_hub_gives_the_split_that_is_asked_for(tmp_path):
         input_files(tmp_path, "image", "val")
 
 
+def test_shards_that_are_named_by_their_split_are_not_mixed(tmp_path):
+    for name in ("train-000.tar", "train-001.tar", "val-000.tar"):
+        (tmp_path / name).write_bytes(b"")
+    names = lambda *split: [
+        os.path.basename(file) for file in input_files(tmp_path, "image", *split)
+    ]
+    assert names() == names("train") == ["train-000.tar", "train-001.tar"]
+    assert names("val") == ["val-000.tar"]
+    with pytest.raises(ValueError, match="no split 'test'; choose one with --split: train, val"):
+        names("test")
+    with pytest.raises(ValueError, match="--split is 'val', but .* names files"):
+        input_files(tmp_path / "*.tar", "image", "val")
+    other = tmp_path / "other"  # names that say nothing of splits
+    other.mkdir()
+    (other / "pets-000.tar").write_bytes(b"")
+    assert input_files(other, "image") == [str(other / "pets-000.tar")]
+    with pytest.raises(ValueError, match="no split 'val'"):
+        input_files(other, "image", "val")
+
+
 def test_what_is_not_there_is_told(tmp_path):
     write_tar(tmp_path / "v.tar", [("a.mp4", b"x"), ("a.txt", b"y")])
     with pytest.raises(ValueError, match=r"holds no image; .*v.tar has 1 .mp4, 1 .txt"):

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
             raise ValueError("--prune with --limit would remove all that is behind the limit")
         config = load_experiment_config(args.config, args.overrides)
         out_dir = Path(
-            args.out_dir or f"data/cache/{config.experiment_name}/{args.split}_{NAMES[media]}"
+            args.out_dir
+            or f"data/cache/{config.experiment_name}/{args.split or 'train'}_{NAMES[media]}"
         )
         if args.verify:
             return verify_cache.main(["--cache_dir", str(out_dir)])

@@ -23,9 +23,7 @@ def add_input_arguments(
             f" pattern like 'shards-{{000..127}}.tar', in quotes{end}"
         ),
     )
-    parser.add_argument(
-        "--split", default="train", help="which files of a folder, by their names [train]"
-    )
+    parser.add_argument("--split", help="which files of a folder, by their names [train]")
     parser.add_argument(
         "--image_column",
         default="",

@@ -36,19 +36,25 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 NAMES = {"image": "images", "video": "videos"}  # in the names of JSONL files
 MOST_FILES = 100_000  # that a pattern may name
 HUB_NAME = re.compile(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?\.\w+")  # split, number, count, hash
+SHARD_NAME = re.compile(r"(\w+)-\d+\.\w+")  # split or any name, number
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
-def input_files(path: str | Path, media: Media, split: str = "train") -> list[str]:
+def input_files(path: str | Path, media: Media, split: str | None = None) -> list[str]:
     """Return the files of a data set: one JSONL file, or tars or parquet files in the order of
     their names. `path`: one of them; a folder that holds `<split>_images.jsonl` or files of the
-    other kinds; a pattern with `*` or `{000..127}`. ValueError: there are none, or some are
-    missing."""
+    other kinds; a pattern with `*` or `{000..127}`. `split`: of a folder; None is train, if its
+    files have splits. ValueError: there are none, or some are missing."""
     text = os.path.expanduser(str(path))
     if os.path.isdir(text):
         return _files_in(Path(text), media, split)
     if os.path.exists(text) or not re.search(r"[*?\[{]", text):
         return [text]
+    if split is not None:
+        raise ValueError(
+            f"--split is {split!r}, but {text} names files, and a split is one of a folder: leave"
+            " it out"
+        )
     names = expand_braces(text)
     missing = [name for name in names if not glob.has_magic(name) and not os.path.exists(name)]
     if missing:
@@ -64,19 +70,20 @@ def input_files(path: str | Path, media: Media, split: str = "train") -> list[st
     return _of_one_kind(list(dict.fromkeys(files)), text)
 
 
-def _files_in(folder: Path, media: Media, split: str) -> list[str]:
+def _files_in(folder: Path, media: Media, asked: str | None) -> list[str]:
+    split = asked or "train"
     metadata = folder / f"{split}_{NAMES[media]}.jsonl"
     names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
     archives = sorted(name for name in names if name.endswith(ARCHIVES))
     if metadata.exists() or not archives:
         return [str(metadata)]
-    splits = [HUB_NAME.fullmatch(name) for name in archives]
-    if all(splits):
-        chosen = [match[0] for match in splits if match and match[1] == split]
-        if not chosen:
-            here = ", ".join(sorted({match[1] for match in splits if match}))
-            raise ValueError(f"{folder} has no split {split!r}; choose one with --split: {here}")
-        archives = chosen
+    is_hub = all(map(HUB_NAME.fullmatch, archives))
+    named = [(HUB_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name), name) for name in archives]
+    chosen = [name for match, name in named if match and match[1] == split]
+    if not chosen and (is_hub or asked):
+        here = ", ".join(sorted({match[1] for match, _ in named if match})) or "files without one"
+        raise ValueError(f"{folder} has no split {split!r}; choose one with --split: {here}")
+    archives = chosen or archives
     return _of_one_kind([str(folder / name) for name in archives], str(folder))
 
 
@@ -128,7 +135,7 @@ def read_input(
     media: Media,
     prefer: str = "",
     *,
-    split: str = "train",
+    split: str | None = None,
     image_column: str = "",
     caption_key: str = "",
     limit: int = 0,

@@ -15,6 +15,7 @@ are reported: what it would save, 171 GB for all weights of 14 B, is not wanted 
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -113,17 +114,23 @@ def cached(folder: Path, case: Case) -> tuple[Path, Path]:
     return config, cache
 
 
-def host_gb(group: int) -> float:
-    """Return the most memory of its own that a process of a process group has, in GB."""
-    sizes = [0]
+def host_gb(command: int) -> float:
+    """Return the most memory of its own that a process below a command has, in GB."""
+    parents, sizes = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            if os.getpgid(int(status.parent.name)) == group:
-                lines = status.read_text().splitlines()
-                sizes += [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
+            lines = [line.split() for line in status.read_text().splitlines()]
         except OSError:
             continue  # it has ended
-    return max(sizes) * 1024 / 1e9
+        values = {line[0]: line[1] for line in lines if len(line) > 1}
+        number = int(status.parent.name)
+        parents[number] = int(values["PPid:"])
+        sizes[number] = int(values.get("RssAnon:", 0)) * 1024 / 1e9
+
+    def below(number: int) -> bool:
+        return number == command or (number in parents and below(parents[number]))
+
+    return max((size for number, size in sizes.items() if below(number)), default=0.0)
 
 
 def trained(folder: Path, case: Case, device: str) -> dict:
@@ -134,6 +141,7 @@ def trained(folder: Path, case: Case, device: str) -> dict:
     command += ["--nproc_per_node", str(case.gpus), "-m", "mmdit.scripts.train_t2v"]
     command += ["--config", str(config), "--train_cache_dir", str(cache), "--device", device]
     metrics, log = folder / "runs" / case.name / "metrics.jsonl", folder / f"{case.name}.log"
+    shutil.rmtree(metrics.parent, ignore_errors=True)
     begin, host, lines = time.monotonic(), 0.0, []
     with log.open("w") as out:
         run = subprocess.Popen(

@@ -202,7 +202,7 @@ def format_report(report: dict) -> str:
 
     def row(title: str, whole: dict | None, attributes: dict) -> str:
         cells = [
-            f"{attributes[name]['value']:10.3f}" if name in attributes else " " * 10
+            f"{attributes[name]['value']:12.3f}" if name in attributes else " " * 12
             for name in names
         ]
         interval = f"{whole['value']:.3f} [{whole['low']:.3f}, {whole['high']:.3f}]"
@@ -224,5 +224,5 @@ def format_report(report: dict) -> str:
             f"motion on prompts that move {moving['value']:.3f}; left or right: right"
             f" {sideways['value']:.3f}, the opposite {sideways['opposite']['value']:.3f}"
         )
-    head = f"{'':18} {'all, 95 % interval':22}" + "".join(f"{name:>10}" for name in names)
+    head = f"{'':18} {'all, 95 % interval':22}" + "".join(f"{name:>12}" for name in names)
     return "\n".join([head, *rows])

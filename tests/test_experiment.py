@@ -313,6 +313,24 @@ def test_a_resume_with_other_data_says_so_and_one_with_the_same_elsewhere_does_n
     assert f"before 12 items in {grown} (check sum " in capsys.readouterr().out
 
 
+def test_one_of_several_sources_that_was_packed_goes_on_under_its_name(shop, capsys):
+    """The name of a source decides in which order its items come."""
+    first, second = shop.cache("pictures"), shop.cache("second", count=6)
+    packed = shop.folder / "second_packed"
+    pack_cache.main(["--cache_dir", str(second), "--out_dir", str(packed)])
+
+    def train(name, other, *words):
+        return shop.train(name, "--train_cache_dir", str(other), *words, cache=first)
+
+    whole = train("two", second, "train.max_steps=4")
+    parts = train("two_parts", second, "train.max_steps=2")
+    for step in (3, 4):  # the second time the stored name is of the packed one
+        train("two_parts", packed, "--resume", f"train.max_steps={step}")
+    assert "other data" not in capsys.readouterr().out
+    assert all(torch.equal(value, tensors(parts)[name]) for name, value in tensors(whole).items())
+    assert "name: second\n" in (parts / "config.yaml").read_text()
+
+
 def test_clips_after_pictures_in_one_run_find_their_frames_numbered(shop):
     clips = shop.cache("clips", "video.num_frames=3")
     run = shop.train("first_pictures", "train.max_steps=1", cache=clips)

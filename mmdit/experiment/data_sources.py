@@ -9,7 +9,12 @@ from pathlib import Path
 from mmdit.config import ConfigError
 from mmdit.data.batches.data_config import SourceConfig, check_together, shares_of
 from mmdit.data.batches.kept_cache import opened
-from mmdit.data.batches.latent_batches import LatentBatches, MixedBatches, StepBatches
+from mmdit.data.batches.latent_batches import (
+    LatentBatches,
+    MixedBatches,
+    StepBatches,
+    contents,
+)
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.data.batches.on_the_fly import UnencodedItems
 from mmdit.data.batches.stores import fits_in_memory
@@ -19,6 +24,7 @@ from mmdit.experiment.build import build_plan
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.files import real_path
 from mmdit.interfaces import Tokenizer
+from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 
 NOTHING = (
@@ -69,6 +75,23 @@ def _names(paths: Sequence[str]) -> list[str]:
         count += 1
         names = ["/".join(parts[-count:]) for parts in all_parts]
     return names
+
+
+def with_known_names(config: ExperimentConfig, start: Path | None) -> ExperimentConfig:
+    """Return the config with the names by which the run to be continued knows its sources: a cache
+    of several that was moved or packed holds the same items, and its name decides their order.
+    `start`: the checkpoint."""
+    notes = checkpoint.read_notes(start) if start else None
+    rows = (notes or {}).get("data") or []
+    known, labels = {row["source"] for row in rows}, {one.label for one in config.data.sources}
+    gone = {row["crc32"]: row["source"] for row in rows if row["source"] not in labels}
+    sources = []
+    for source in config.data.sources:
+        if gone and not source.name and source.label not in known and Path(source.path).is_dir():
+            name = gone.pop(contents(opened(Path(source.path), None))["crc32"], "")
+            source = replace(source, name=name)
+        sources.append(source)
+    return replace(config, data=replace(config.data, sources=tuple(sources)))
 
 
 def sources_of(config: ExperimentConfig, cache_dir: str | Path | None) -> tuple[SourceConfig, ...]:

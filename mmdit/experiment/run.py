@@ -28,7 +28,7 @@ from mmdit.experiment.build import (
     start_from,
     starts_in_shards,
 )
-from mmdit.experiment.data_sources import open_batches, sources_of
+from mmdit.experiment.data_sources import open_batches, sources_of, with_known_names
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.idle_keys import idle_keys
 from mmdit.interfaces import Tokenizer
@@ -82,6 +82,8 @@ def run_training(
     ):
         world.share(lambda: require_library(config.track))
         start = agree_on_start(config, resume, world)
+        config = with_known_names(config, start)
+        sources = config.data.sources or sources
         tokenizer = build_tokenizer(config.tokenizer, device=world.device)
         batches = open_batches(config, tokenizer, sources, world)
         data = [contents(one.cache, one.plan.name) for one in batches.sources if world.is_main]

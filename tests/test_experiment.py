@@ -325,7 +325,8 @@ def test_one_of_several_sources_that_was_packed_goes_on_under_its_name(shop, cap
     whole = train("two", second, "train.max_steps=4")
     parts = train("two_parts", second, "train.max_steps=2")
     for step in (3, 4):  # the second time the stored name is of the packed one
-        train("two_parts", packed, "--resume", f"train.max_steps={step}")
+        words = ["--train_cache_dir", str(first), "--resume", f"train.max_steps={step}"]
+        shop.train("two_parts", *words, cache=packed)  # in another order, too
     assert "other data" not in capsys.readouterr().out
     assert all(torch.equal(value, tensors(parts)[name]) for name, value in tensors(whole).items())
     assert "name: second\n" in (parts / "config.yaml").read_text()

@@ -78,12 +78,12 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def with_known_names(config: ExperimentConfig, start: Path | None) -> ExperimentConfig:
-    """Return the config with the names by which the run to be continued knows its sources: a cache
-    of several that was moved or packed holds the same items, and its name decides their order.
-    `start`: the checkpoint."""
+    """Return the config with its sources as the run to be continued knows them: a cache of several
+    that was moved or packed holds the same items, and its name decides their order, as its place
+    among the others does. `start`: the checkpoint."""
     notes = checkpoint.read_notes(start) if start else None
     rows = (notes or {}).get("data") or []
-    known, labels = {row["source"] for row in rows}, {one.label for one in config.data.sources}
+    known, labels = [row["source"] for row in rows], {one.label for one in config.data.sources}
     gone = {row["crc32"]: row["source"] for row in rows if row["source"] not in labels}
     sources = []
     for source in config.data.sources:
@@ -91,6 +91,7 @@ def with_known_names(config: ExperimentConfig, start: Path | None) -> Experiment
             name = gone.pop(contents(opened(Path(source.path), None))["crc32"], "")
             source = replace(source, name=name)
         sources.append(source)
+    sources.sort(key=lambda one: known.index(one.label) if one.label in known else len(known))
     return replace(config, data=replace(config.data, sources=tuple(sources)))
 
 

@@ -339,6 +339,8 @@ def test_a_cache_is_compared_with_its_metadata_and_one_that_is_read_only_is_repo
         == 0
     )
     rows[1]["caption"] = "two"
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "c.png")
+    (tmp_path / "b.png").touch()  # the same picture
     words += [
         "--cache_dir",
         str(tmp_path / "c"),
@@ -362,6 +364,7 @@ def test_a_cache_is_compared_with_its_metadata_and_one_that_is_read_only_is_repo
         "3 items, ",
         "1 records of the file are not in the cache (for example d)",
         "1 items have another caption",
+        "1 records have another picture or clip than when they were cached (for example c)",
         "c_sheet.png",
     ):
         assert part in told, told

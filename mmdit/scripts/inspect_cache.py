@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         plan = build_plan(config, cache, args.processes)
         report = cache_report(cache, plan, config.train.max_steps)
         if args.meta_jsonl:
-            records = input_records(args, media_of_input(args.meta_jsonl))
-            report["metadata"] = compared_with(cache, records, config.preprocess)
+            medium = media_of_input(args.meta_jsonl)
+            records = input_records(args, medium)
+            fps = config.video.fps if medium == "video" else 0.0
+            report["metadata"] = compared_with(cache, records, config.preprocess, fps)
         failure = None
         if args.samples:
             try:

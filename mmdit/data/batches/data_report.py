@@ -17,6 +17,7 @@ from mmdit.data.dataset.colours import NOTES
 from mmdit.data.dataset.frames import PreprocessConfig, crop_of
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Record
+from mmdit.data.dataset.stamps import compare_stamp
 from mmdit.files import lines_of, read_text
 
 EXAMPLES = 5
@@ -145,21 +146,29 @@ def skipped(folder: Path) -> dict:
     }
 
 
-def compared_with(cache: LatentCache, records: list[Record], preprocess: PreprocessConfig) -> dict:
+def compared_with(
+    cache: LatentCache, records: list[Record], preprocess: PreprocessConfig, fps: float
+) -> dict:
     """Count how the items of a cache and the lines of a metadata file go together, with examples of
-    what does not."""
+    what does not. `fps`: of clips, as the config asks for it; 0 of pictures."""
     captions = dict(zip(cache.ids, map(all_captions, cache.captions, cache.facts), strict=True))
     expected: dict[str, list[str]] = {}
-    missing = []
+    missing, changed = [], []
+    places = {id: number for number, id in enumerate(cache.ids)}
     for record in records:
         ids = preprocess.item_ids(record.id)
         expected |= dict.fromkeys(ids, all_captions(record.caption, record.facts))
         if ids[0] not in captions:
             missing.append(record.id)
+            continue
+        stored = cache.sources[places[ids[0]]].get("stamp")
+        if stored is not None and compare_stamp(record.source, stored, fps)[0] == "changed":
+            changed.append(record.id)
     common = [id for id in captions if id in expected]
     lists = {
         "not_in_file": [id for id in captions if id not in expected],
         "not_cached": missing,
+        "other_source": changed,
         "other_caption": [id for id in common if captions[id] != expected[id]],
     }
     return {name: {"items": len(ids), "examples": ids[:EXAMPLES]} for name, ids in lists.items()}
@@ -173,6 +182,10 @@ MEANINGS = {
     "not_cached": (
         "records of the file are not in the cache (for example {}): they are not trained; run the"
         " caching command"
+    ),
+    "other_source": (
+        "records have another picture or clip than when they were cached (for example {}): run the"
+        " caching command again"
     ),
     "other_caption": (
         "items have another caption than their line (for example {}): run the caching command again"

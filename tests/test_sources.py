@@ -251,6 +251,7 @@ def test_what_mmdit_wrote_into_a_folder_is_no_data(tmp_path):
         "cache": ("manifest.json", "index.jsonl", "sheet.png"),
         "runs/a": ("config.yaml", "metrics.jsonl", "samples/step_00000002/grid.png"),
         "drawn": ("samples.json", "0000.png", "grid.png"),
+        "x/frames_16fps/a": ("000000.png", "000001.png"),
         "mine": ("manifest.json", "sheet.png", "0000.png"),
     }
     for folder, names in made.items():
@@ -264,6 +265,8 @@ def test_what_mmdit_wrote_into_a_folder_is_no_data(tmp_path):
     (record,) = read_records(tmp_path / "train_images.jsonl", "image")
     assert record.id == "mine_0000", "a manifest.json alone is no cache"
     assert "cache (a cache), drawn (drawn samples), runs/a (a run)" in report.text()
+    assert "x/frames_16fps (frames of videos)" in report.text()
+    shutil.rmtree(tmp_path / "x")
     assert [item.id for item in media_records(tmp_path, 1)] == ["drawn/0000.png", "mine/0000.png"]
     assert len(list(folder_pictures(tmp_path, 8, 8))) == 2
     report = prepare_folder(tmp_path / "drawn")  # asked for by name

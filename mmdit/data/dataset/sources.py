@@ -51,6 +51,7 @@ MADE_HERE = {  # by the files that only such folders hold together
     "a run": {"config.yaml", "metrics.jsonl"},
     "drawn samples": {"samples.json"},
 }
+FRAMES_OF = re.compile(r"(?:.*/)?frames_[0-9.e+-]+fps(?=/)")  # as `prepare-frames` names them
 OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
@@ -147,16 +148,18 @@ def is_sheet(path: str | Path) -> bool:
 
 def written_here(files: Iterable[str]) -> dict[str, str]:
     """Return folder → what it is, of the folders (relative, without the top one) that hold what
-    this program made: caches, runs, samples."""
+    this program made: caches, runs, samples, frames of `prepare-frames`."""
     names: dict[str, set[str]] = defaultdict(set)
     for file in files:
         names[os.path.dirname(file)].add(os.path.basename(file))
-    return {
+    made = {
         folder: what
         for folder, inside in names.items()
         for what, files_of in MADE_HERE.items()
         if folder and files_of <= inside
     }
+    frames = filter(None, map(FRAMES_OF.match, names))
+    return made | {match[0]: "frames of videos" for match in frames}
 
 
 def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -308,7 +308,8 @@ def test_the_commands(tmp_path, capsys):
     assert inspect_cache.main(words) == 0
     said = capsys.readouterr().out
     assert (
-        "1.5 batches of 2 an epoch, 100.0% filled" in said
+        "  pictures 32x32: 3 items, 1.5 batches of 2 an epoch, 100.0% filled" in said
+        and "clips" not in said
         and "skipped when cached: 1 file not found" in said
     )
     assert Image.open(tmp_path / "c/sheet.png").size[0] > 3 * 160

@@ -198,16 +198,20 @@ def report_text(report: dict) -> str:
     lines = [f"{report['cache']}: {report['items']} items, {report['gigabytes']} GB"]
     if report["made_from"]:
         lines.append(f"made from {report['made_from']}")
+    shown = {"clips": "clips", "images": "single frames of clips"}
+    if all(row["frames"] == 1 for row in report["groups"]) and "images" not in report["epochs"]:
+        shown["clips"] = "pictures"
     for row in report["groups"]:
         size = "{}x{}".format(*row["size"])
+        frames = f", {row['frames']} frames" if row["frames"] > 1 else ""
         lines.append(
-            f"  {row['steps']} {size}, {row['frames']} frames: {row['items']} items,"
+            f"  {shown[row['steps']]} {size}{frames}: {row['items']} items,"
             f" {row['batches']:g} batches of {report['global_batch']} an epoch, {row['fill']:.1%}"
             " filled without repetition"
         )
     for name, row in report["epochs"].items():
         lines.append(
-            f"  {name}: {row['steps']} steps are {row['epochs']:g} epochs of"
+            f"  {shown[name]}: {row['steps']} steps are {row['epochs']:g} epochs of"
             f" {row['steps_an_epoch']:g} steps"
         )
     frames, crops, captions = report["frames"], report["cropped"], report["captions"]

@@ -77,7 +77,7 @@ class Plan:
             count=96,
             video_count=12,
             # After 1,000 steps 0.16 of 256 seen prompts are right, 0.03 without, 0.11 with the
-            # shift alone (docs/install.md).
+            # shift alone (docs/install.md), of captions that may leave out a fact.
             overrides=("flow_matching.shift=4", "train.optimizer=muon", "train.lr=5e-3"),
         )
 
@@ -221,7 +221,8 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     )
     video = config.video
     say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
-    metadata = prepare_samples(DATA, Recipe(video.width, video.height), plan.images)
+    recipe = Recipe(video.width, video.height, complete_captions=True)
+    metadata = prepare_samples(DATA, recipe, plan.images)
     say("Turning the pictures into VTP latents (cached: a second run skips this).")
     tokenizer = build_tokenizer(config.tokenizer, device=choose_device(device))
     records = read_records(metadata, "image")

@@ -181,6 +181,8 @@ def test_a_resume_keeps_the_config_before_and_the_scale_of_adapters(shop, capsys
     refused(capsys, posttrain.main, words, "no slow copy", "resume with the algorithm that wrote")
     assert (run / "config.yaml").read_bytes() == before
     posttrain.main(again)
+    assert (run / "config.yaml").read_bytes() == before, "there was nothing left to do"
+    posttrain.main([*again, "train.max_steps=2"])
     (kept,) = run.glob("config.before-*.yaml")
     assert kept.read_bytes() == before != (run / "config.yaml").read_bytes()
 

@@ -709,7 +709,8 @@ def test_more_sizes_than_are_compiled_are_told(tmp_path, capsys, count):
     rows = [{"grid": [i, 1], "steps": "images"} for i in range(count)]
     plan = SimpleNamespace(report=lambda: "", table=lambda: rows)
     learner = SimpleNamespace(model=nn.Linear(1, 1), text_encoder=nn.Linear(1, 1))
-    describe(ExperimentConfig("x", output_dir=str(tmp_path)), learner, plan)
+    config = ExperimentConfig("x", output_dir=str(tmp_path))
+    describe(config, learner, plan, torch.device("cpu"))
     assert ("33 sizes: where blocks are compiled" in capsys.readouterr().out) == (count == 33)
 
 
@@ -765,7 +766,7 @@ def test_the_line_about_idle_keys_is_true_and_printed(shop, tmp_path, capsys):
     config = load_experiment_config(shop.config, words)
     learner = build_learner(config, build_tokenizer(config.tokenizer).spec)
     plan = SimpleNamespace(report=lambda: "", table=list)
-    describe(config, learner, plan)
+    describe(config, learner, plan, torch.device("cpu"))
     assert "model.joint_position (model.temporal_position is false" in capsys.readouterr().out
     model, text = learner.model.eval(), learner.text_encoder(["a"])
     for weight in model.parameters():

@@ -93,7 +93,7 @@ def run_training(
         if world.is_main:
             done = run.state.step >= train.max_steps
             write_config(config.run_dir, config_io.to_yaml(config), done)
-            describe(config, run.learner, run.plan)
+            describe(config, run.learner, run.plan, world.device)
             record_start(config.run_dir, world, run.state.step, run.plan.report(), command)
         with tracking(
             config.track, config.run_dir, run.state.step, config_io.encode(config), world.is_main
@@ -316,7 +316,12 @@ class Run:
         return previews
 
 
-def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan | MixedPlan) -> None:
+def describe(
+    config: ExperimentConfig,
+    learner: Learner,
+    plan: BatchPlan | MixedPlan,
+    device: torch.device,
+) -> None:
     """Say what is about to happen."""
 
     def millions(module: nn.Module) -> str:
@@ -331,8 +336,7 @@ def describe(config: ExperimentConfig, learner: Learner, plan: BatchPlan | Mixed
     if config.experts.enabled:
         assert learner.experts is not None
         print(learner.experts.describe())
-    slow = slow_products(config, next(learner.model.parameters()).device)
-    for line in [*expert_notes(config), *idle_keys(config), *slow]:
+    for line in [*expert_notes(config), *idle_keys(config), *slow_products(config, device)]:
         print(line)
     if config.alpha_schedule.enabled:
         print(config.alpha_schedule.describe())

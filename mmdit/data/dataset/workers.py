@@ -251,10 +251,11 @@ def helping_processes(count: int) -> Iterator[Executor | None]:
 def _begin_helping() -> None:
     _begin(0)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_once_unneeded, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_once_unneeded() -> None:
+    """End this process when the one that it helps has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -42,8 +42,8 @@ AHEAD = 32  # portions of them that are drawn ahead
 
 @dataclass(frozen=True)
 class SampleRows:
-    """What is stored beside the latents of some items, made where it is asked for: by the process
-    that writes them. `items`: the sample of each, all drawn at one size, and the number of its
+    """Makes what is stored beside the latents of some items, in the process that asks for it: the
+    one that writes them. `items`: the sample of each, all drawn at one size, and the number of its
     crop."""
 
     recipe: Recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmdit.config import ConfigError
-from mmdit.diffusion import FlowMatching, FlowMatchingConfig
+from mmdit.diffusion import FlowMatching, FlowMatchingConfig, SamplerConfig, sample
 from mmdit.interfaces import LatentSpec
 from mmdit.posttrain import direct_align, dynamics, losses, online
 from mmdit.posttrain.advantages import advantages, check_geometry, ranks
@@ -30,12 +30,17 @@ from mmdit.rng import Draws
 
 # ── C1: dynamics, exact moments for data N(1, 0.5²) ───────────────────────────────────────────────
 def moments(
-    step_of, steps: int, spread: float = 0.5, shift: float = 1.0, ode_last: bool = True
+    step_of,
+    steps: int,
+    spread: float = 0.5,
+    shift: float = 1.0,
+    ode_last: bool = True,
+    first: float = 1.0,
 ) -> tuple[float, float]:
     """Mean and deviation of what a sampler makes of pure noise, when the velocity is the exact one:
-    both are linear, so no sample is drawn."""
+    both are linear, so no sample is drawn. `first`: the time at which it begins."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    times = (shift * even / (1 + (shift - 1) * even)).tolist()
+    times = (first * shift * even / (1 + (shift - 1) * even)).tolist()
     mean, variance = 0.0, 1.0
     for index, t in enumerate(times[:-1]):
         total = (1 - t) ** 2 * spread**2 + t**2
@@ -111,6 +116,15 @@ def test_the_first_step_has_the_noise_of_the_second_level():
     first, second = (dynamics.step("flow_sde", 0.7, [1.0, 0.8, 0.6, 0.0], i) for i in (0, 1))
     assert first.std**2 == pytest.approx(0.7**2 * 1.0 / (1 - 0.8) * 0.2)
     assert second.std**2 == pytest.approx(0.7**2 * 0.8 / (1 - 0.8) * 0.2)
+
+
+@pytest.mark.parametrize("first", [0.9999, 0.999, 0.99, 0.95, 0.8])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_a_first_time_just_below_1_has_no_noise_beyond_all_states(first, steps):
+    """flow_matching.t_max 0.999 is usual: by its own time alone the first step of ten would have
+    noise of deviation 7, and clips eight times the contrast of data."""
+    whole, below = (moments(of("flow_sde"), steps, first=t)[1] for t in (1.0, first))
+    assert below == pytest.approx(whole, abs=0.1)
 
 
 def test_an_ode_last_step_leaves_no_noise():
@@ -427,6 +441,28 @@ def test_nft_divides_by_an_error_that_is_not_differentiated():
     (found,) = torch.autograd.grad(weighted.sum(), v)
     (expected,) = torch.autograd.grad((plain / gap).sum(), v)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("most, size", [(1.0, 1.0), (0.6, math.hypot(0.4, 0.6))])
+def test_a_rollout_begins_as_large_as_states_of_its_first_time_are(most, size):
+    """As in `diffusion.sample`, which draws the samples of evaluation."""
+    setup = SimpleNamespace(times=[most, 0.0], shape=(1, 4, 4, 8))
+    config = SimpleNamespace(rollout=SimpleNamespace(steps=1, dynamics="ode", noise_level=0.7))
+    seen = []
+
+    def velocity(x, t):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    draws = Draws.of(0, 0, 64)
+    Rollouts.sample(SimpleNamespace(setup=setup, config=config), velocity, draws)
+    assert seen[0].std().item() == pytest.approx(size, rel=0.02)
+    objective = FlowMatching(FlowMatchingConfig(t_max=most))
+    noise, first = draws.normal("rollout", *setup.shape), []
+    sample(
+        lambda x, t: first.append(x) or x, noise, objective, SamplerConfig(steps=1, solver="euler")
+    )
+    torch.testing.assert_close(seen[0], first[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

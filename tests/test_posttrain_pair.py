@@ -10,6 +10,7 @@ from torch import nn
 
 from mmdit.adapters import LoRAConfig, inject
 from mmdit.commands import posttrain as align
+from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatching, FlowMatchingConfig, guided
 from mmdit.interfaces import Boundary, Denoiser, LatentSpec, TextEncoder, TextTokens
 from mmdit.interop.wan_weights import load_dit
@@ -352,6 +353,36 @@ def test_a_level_is_the_expert_s_that_drew_it_however_it_is_rounded(boundary):
     assert low.contains(low.inside(below.float()[None])) and high.contains(boundary)
     with pytest.raises(ValueError, match="both sides"):
         low.contains(torch.tensor([0.1, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "expert, boundary, most",
+    [("high", 0.95, 1.0), ("low", 0.2, 1.0), ("low", 0.7, 1.0), ("", 0, 0.6)],
+)
+def test_the_drift_is_measured_at_levels_that_the_trained_network_has_learnt(
+    expert, boundary, most
+):
+    """None of the usual three is served by the high-noise expert above 0.9: its first epoch ended
+    with a division by zero."""
+    pair = Experts(Denoiser(), Denoiser(), Boundary(boundary, 1000.0)) if expert else Denoiser()
+    objective = FlowMatching(FlowMatchingConfig(t_max=most))
+    levels = TrainedLevels(pair, expert, objective)
+    probes = levels.probes((0.9, 0.6, 0.3))
+    clean, noisy = levels.between
+    assert probes and all(levels.contains(t) and clean <= t <= noisy <= most for t in probes)
+
+
+def test_a_window_of_levels_that_were_never_learnt_is_refused():
+    """The network would be asked at its nearest time, for states of another."""
+    config = PosttrainConfig(algorithm="srpo")
+    for most in (1.0, 0.98, 0.9):
+        objective = FlowMatching(FlowMatchingConfig(t_max=most))
+        levels = TrainedLevels(Denoiser(), "", objective)
+        if most >= 0.98:
+            levels.check(config, [])
+            continue
+        with pytest.raises(ConfigError, match=r"sigma_window: .*from 0 to 0.9 alone"):
+            levels.check(config, [])
 
 
 def test_levels_of_an_update_are_the_trained_expert_s(tmp_path, monkeypatch):

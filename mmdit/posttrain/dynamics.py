@@ -31,10 +31,10 @@ class Step(NamedTuple):
 
 def step(dynamics: Dynamics, level: float, times: Sequence[float], index: int) -> Step:
     """Return the step from `times[index]` to `times[index + 1]`. Flow-SDE (Liu et al. 2505.05470,
-    eq. 9): `g = level sqrt(t / (1 - t))`, with the second time in the denominator at t = 1;
-    Dance-SDE (Xue et al. 2505.07818): `g = level`; both keep the flow's marginals. CPS (2509.05952)
-    keeps the noise level but not the marginals, and leaves no residual noise. ODE: `level` has no
-    meaning.
+    eq. 9): `g = level sqrt(t / (1 - t))`, with the second time in the denominator where the first
+    is nearer to 1 than to the second; Dance-SDE (Xue et al. 2505.07818): `g = level`; both keep the
+    flow's marginals. CPS (2509.05952) keeps the noise level but not the marginals, and leaves no
+    residual noise. ODE: `level` has no meaning.
     """
     t, s = times[index], times[index + 1]
     width = t - s
@@ -46,7 +46,10 @@ def step(dynamics: Dynamics, level: float, times: Sequence[float], index: int) -
     if dynamics == "ode":
         g = 0.0
     elif dynamics == "flow_sde":
-        g = level * math.sqrt(t / (1 - (times[1] if t == 1 else t)))
+        clear = 1 - t
+        if index == 0 and clear < width:  # its noise would be larger than any state
+            clear = 1 - s
+        g = level * math.sqrt(t / clear)
     drift = g * g / (2 * t)
     return Step(1 - width * drift, -width * (1 + drift * (1 - t)), g * math.sqrt(width))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -69,7 +70,9 @@ class Rollouts:
         noisy steps are kept as `mean`. `first` keys the noise at t = 1, if not `draws`."""
         rollout, times, shape = self.config.rollout, self.setup.times, self.setup.shape
         trajectory = Trajectory(storage or Storage(rollout.steps))
-        x = trajectory.put(0, (first or draws).normal("rollout", *shape))
+        noise = (first or draws).normal("rollout", *shape)
+        # as large as a state at the first time is, where that is not 1: see `diffusion.sample`
+        x = trajectory.put(0, noise * math.hypot(1 - times[0], times[0]))
         for index, t in enumerate(times[:-1]):
             method = rollout.dynamics if index in noisy else "ode"
             step = dynamics.step(method, rollout.noise_level, times, index)

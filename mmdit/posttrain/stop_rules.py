@@ -30,10 +30,9 @@ class StopRules:
         velocity = self.policy.velocity(text, self.policy.reference)
         clean = self.rollouts.sample(velocity, draws).clean
         noise = draws.normal("probe", *setup.shape)
-        for t in PROBE_LEVELS:
-            if setup.levels.contains(t):
-                x = (1 - t) * clean + t * noise
-                self._probes.append((t, x, velocity(x, t)))
+        for t in setup.levels.probes(PROBE_LEVELS):
+            x = (1 - t) * clean + t * noise
+            self._probes.append((t, x, velocity(x, t)))
         return text
 
     @torch.no_grad()

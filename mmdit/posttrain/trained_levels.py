@@ -3,6 +3,7 @@ rollout the frozen expert is asked at the others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,17 @@ class TrainedLevels:
     @property
     def between(self) -> tuple[float, float]:
         """Return the range of the trained noise levels: the clean end, the noisy end."""
+        clean, noisy = self.objective.t_range
         if self.boundary is None:
-            return 0.0, 1.0
-        return (self.boundary, 1.0) if self.expert == "high" else (0.0, self.boundary)
+            return clean, noisy
+        return (self.boundary, noisy) if self.expert == "high" else (clean, self.boundary)
+
+    def probes(self, usual: Sequence[float]) -> list[float]:
+        """Return those of the `usual` noise levels that are trained; where none is, as many at the
+        same shares of the trained range."""
+        clean, noisy = self.between
+        inside = [level for level in usual if clean <= level <= noisy and self.contains(level)]
+        return inside or [clean + (noisy - clean) * share for share in usual]
 
     def contains(self, level: float | Tensor) -> bool:
         """Return whether the trained network is asked at a noise level, as sampling decides it."""
@@ -53,8 +62,19 @@ class TrainedLevels:
         return levels.clamp(min=edge.item()) if high else levels.clamp(max=edge.item())
 
     def check(self, config: PosttrainConfig, times: list[float]) -> None:
-        """Raise ConfigError unless the noise levels that are trained are the trained network's.
-        `times` are those of a rollout."""
+        """Raise ConfigError unless the noise levels that are trained are the trained network's, and
+        such as it has learnt before. `times` are those of a rollout."""
+        window, width = config.srpo.sigma_window, config.srpo.step
+        least, most = self.objective.t_range
+        if (
+            config.algorithm == "srpo"
+            and not least <= window[1] - width < window[0] + width <= most
+        ):
+            raise ConfigError(
+                "posttrain.srpo.sigma_window",
+                f"is {list(window)} with step {width}, but the model learnt the noise levels from"
+                f" {least:g} to {most:g} alone (flow_matching.t_min, t_max): choose levels inside",
+            )
         if self.boundary is None:
             return
         key, levels = "rollout.sde_steps", []

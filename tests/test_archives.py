@@ -345,6 +345,14 @@ def test_patterns_and_folders(tmp_path):
         names(".")
     with pytest.raises(ValueError, match="no file matches"):
         names("c*.tar")
+    apart = tmp_path / "set [1] {x,y}"  # the brackets of a folder that is there are its name
+    apart.mkdir()
+    for name in ("a-0.tar", "a-1.tar"):
+        (apart / name).write_bytes(b"")
+    for pattern in ("*.tar", "a-{0..1}.tar", "[a]-?.tar"):
+        assert names(f"{apart.name}/{pattern}") == ["a-0.tar", "a-1.tar"]
+    with pytest.raises(ValueError, match="1 of the 2 files .* are missing, .*a-2.tar"):
+        names(f"{apart.name}/a-{{1..2}}.tar")
     for pattern in ("{a,../b}.tar", "{..,a}/x.tar", "{0..9999999}.tar", "{0..999}{0..999}.tar"):
         with pytest.raises(ValueError, match="list like|more than 100000"):
             names(pattern)
@@ -372,12 +380,20 @@ def test_shards_that_are_named_by_their_split_are_not_mixed(tmp_path):
         names("test")
     with pytest.raises(ValueError, match="--split is 'val', but .* names files"):
         input_files(tmp_path / "*.tar", "image", "val")
+    for name in ("pets-train-000.tar", "pets-validation-000.tar", "more_train_3.tar"):
+        (tmp_path / name).write_bytes(b"")
+    assert names() == ["more_train_3.tar", "pets-train-000.tar", "train-000.tar", "train-001.tar"]
+    assert names("validation") == names("pets-validation") == ["pets-validation-000.tar"]
     other = tmp_path / "other"  # names that say nothing of splits
     other.mkdir()
     (other / "pets-000.tar").write_bytes(b"")
     assert input_files(other, "image") == [str(other / "pets-000.tar")]
     with pytest.raises(ValueError, match="no split 'val'"):
         input_files(other, "image", "val")
+    (other / "val-000.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"the split val beside others \(pets\): name those"):
+        input_files(other, "image")
+    assert input_files(other, "image", "pets") == [str(other / "pets-000.tar")]
 
 
 def test_what_is_not_there_is_told(tmp_path):

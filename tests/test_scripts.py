@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def pictures(tmp_path):
 
 # ── bad input: data ───────────────────────────────────────────────────────────────────────────────
 def test_a_picture_that_cannot_be_used_is_counted_and_the_rest_goes_on(shop, pictures, capsys):
-    out = pictures.parent / "cache"
+    out = pictures.parent / "my cache"
     words = [
         "--config",
         str(shop.config),
@@ -88,6 +89,7 @@ def test_a_picture_that_cannot_be_used_is_counted_and_the_rest_goes_on(shop, pic
         str(out),
         "--device",
         "cpu",
+        "video.width=32",
     ]
     assert cache_vtp_images.main(words) == 0
     said = capsys.readouterr().out
@@ -103,8 +105,12 @@ def test_a_picture_that_cannot_be_used_is_counted_and_the_rest_goes_on(shop, pic
     assert reasons.keys() == {"torn", "absent"} and reasons["absent"] == "file not found"
     assert sorted(path.stem for path in out.glob("*.pt")) == ["b", "c", "猫"]
     item = torch.load(out / "b.pt", weights_only=True)
-    assert item["latents"].shape == (1, 2, 3, 8) and item["caption"] == ""
-    shop.train("own_pictures", cache=out)
+    assert item["latents"].shape == (1, 2, 2, 8) and item["caption"] == ""
+    mmdit, train, *following = shlex.split(
+        said.rpartition("next: ")[2]
+    )  # with what it was cached by
+    assert (mmdit, train) == ("mmdit", "train")
+    assert train_t2v.main([*following, "--device", "cpu", "experiment_name=own_pictures"]) == 0
 
 
 def test_bad_data_is_refused(shop, pictures, capsys):

@@ -18,6 +18,7 @@ from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run
+from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import at_least
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
@@ -89,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
                 name = "{}x{}".format(*size)
                 if counts[name]:
                     print(f"  {name}: {counts[name]} items")
+        following = ["train", "--config", args.config, "--train_cache_dir", args.out_dir]
         print(
-            f"{made} samples made, {args.count - made} were there; next: mmdit train"
-            f" --config {args.config} --train_cache_dir {args.out_dir}"
+            f"{made} samples made, {args.count - made} were there;"
+            f" next: {advised(*following, *args.overrides)}"
         )
     return 0
 

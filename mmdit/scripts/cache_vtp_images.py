@@ -20,6 +20,7 @@ from mmdit.data.dataset.records import PATH_KEYS, Media
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import config_parser, friendly, run, verify_cache
 from mmdit.scripts.data_arguments import add_input_arguments, input_records
+from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import at_least
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training.distributed import choose_device
@@ -110,7 +111,8 @@ def main(argv: list[str] | None = None, media: Media = "image", doc: str | None 
         print("interrupted: what is written stays; the same command goes on from there")
         return 130
     if rank == 0:
-        print(f"next: mmdit train --config {args.config} --train_cache_dir {out_dir}")
+        words = ["train", "--config", args.config, "--train_cache_dir", out_dir, *args.overrides]
+        print(f"next: {advised(*words)}")
     return 0
 
 

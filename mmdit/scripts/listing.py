@@ -1,8 +1,10 @@
-"""The names of all commands, and what each says of itself, without importing any."""
+"""The names of all commands, what each says of itself, without importing any, and how one is
+advised."""
 
 from __future__ import annotations
 
 import ast
+import shlex
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -34,3 +36,9 @@ def summary(module: str) -> str:
     tree = ast.parse((SCRIPTS / f"{module}.py").read_text(encoding="utf-8"))
     paragraph = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
     return paragraph.partition(". ")[0].rstrip(".")
+
+
+def advised(*words: object) -> str:
+    """Return the command `mmdit WORDS` for a person to type, who fills in what is `…`."""
+    quoted = [word if word == "…" else shlex.quote(str(word)) for word in words]
+    return " ".join(["mmdit", *map(str, quoted)])

@@ -11,6 +11,7 @@ The tars of `--format webdataset` are for others, too: latents (.latents.npy), c
 what is known of each item (.json), and with `--config` the embeddings of the captions (.text.npy).
 """
 
+import shlex
 from typing import get_args
 
 from mmdit.config import ConfigError
@@ -18,6 +19,7 @@ from mmdit.data.cache.packing import Format, pack_cache
 from mmdit.data.cache.tar_shards import Embeddings
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import at_least
 from mmdit.text_encoders import build_text_encoder
 from mmdit.text_encoders.huggingface import HuggingFaceEncoder
@@ -74,9 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{made['items']} items ({made['gigabytes']} GB) in {made['shards']} shards,"
             f" {made['written']} written now"
         )
-        print(
-            f"next: --train_cache_dir {args.out_dir}; mmdit verify-cache --cache_dir {args.out_dir}"
-        )
+        check = advised("verify-cache", "--cache_dir", args.out_dir)
+        print(f"next: --train_cache_dir {shlex.quote(args.out_dir)}; {check}")
     return 0
 
 

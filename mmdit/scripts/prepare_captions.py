@@ -25,6 +25,7 @@ from mmdit.interop.vision_language import DTYPES, LocalCaptioner
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.idle import refuse_other_captioner
+from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import CommandParser, at_least
 from mmdit.training.distributed import choose_device
 
@@ -117,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted: what is captioned stays; the same command goes on from there")
         return 130
     command = "cache-images" if media == "image" else "cache-latents"
-    print(f"next: mmdit {command} --config … --meta_jsonl {preparation.out} --out_dir …")
+    words = [command, "--config", "…", "--meta_jsonl", preparation.out, "--out_dir", "…"]
+    print(f"next: {advised(*words)}")
     return 0
 
 

@@ -16,6 +16,7 @@ from mmdit.data.preparing.shots import ShotSettings
 from mmdit.files import real_path
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
+from mmdit.scripts.listing import advised
 
 USUAL = ShotSettings()
 
@@ -77,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if not report.clips:
         return 2
-    print(f"next: mmdit prepare-captions --meta_jsonl {out} --model FOLDER --out_dir …")
+    words = ["prepare-captions", "--meta_jsonl", out, "--model", "FOLDER", "--out_dir", "…"]
+    print(f"next: {advised(*words)}")
     return 0
 
 

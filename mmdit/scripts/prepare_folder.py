@@ -9,6 +9,7 @@ unconditional) and counted.
 
 from mmdit.data.dataset.sources import prepare_folder
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.listing import advised
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         print(report.text())
     for path in report.written:
         command = "cache-images" if path.stem.endswith("images") else "cache-latents"
-        print(f"next: mmdit {command} --config … --meta_jsonl {path} --out_dir …")
+        words = [command, "--config", "…", "--meta_jsonl", path, "--out_dir", "…"]
+        print(f"next: {advised(*words)}")
     return 0
 
 

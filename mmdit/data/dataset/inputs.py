@@ -36,7 +36,9 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 NAMES = {"image": "images", "video": "videos"}  # in the names of JSONL files
 MOST_FILES = 100_000  # that a pattern may name
 HUB_NAME = re.compile(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?\.\w+")  # split, number, count, hash
-SHARD_NAME = re.compile(r"(\w+)-\d+\.\w+")  # split or any name, number
+# name, perhaps ending in a split, and number: cc3m-validation-0004.tar
+SHARD_NAME = re.compile(r"(?:.+[-_])?([^\W_]+)[-_]\d+\.\w+")
+OTHER_SPLITS = {"val", "valid", "validation", "dev", "eval", "test"}  # than train
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
@@ -55,8 +57,12 @@ def input_files(path: str | Path, media: Media, split: str | None = None) -> lis
             f"--split is {split!r}, but {text} names files, and a split is one of a folder: leave"
             " it out"
         )
-    names = expand_braces(text)
-    missing = [name for name in names if not glob.has_magic(name) and not os.path.exists(name)]
+    folder, pattern = os.path.split(text)
+    if not os.path.isdir(folder):  # else its brackets are part of its name
+        folder, pattern = "", text
+    names = [os.path.join(folder, name) for name in expand_braces(pattern)]
+    plain = {name for name in names if not glob.has_magic(name.removeprefix(folder))}
+    missing = [name for name in names if name in plain and not os.path.exists(name)]
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(names)} files that {text} names are missing, the first is"
@@ -64,7 +70,8 @@ def input_files(path: str | Path, media: Media, split: str | None = None) -> lis
         )
     files: list[str] = []
     for name in names:
-        files += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        matching = glob.escape(folder) + name.removeprefix(folder)
+        files += [name] if name in plain else sorted(glob.glob(matching))
     if not files:
         raise ValueError(f"no file matches {text}")
     return _of_one_kind(list(dict.fromkeys(files)), text)
@@ -78,13 +85,33 @@ def _files_in(folder: Path, media: Media, asked: str | None) -> list[str]:
     if metadata.exists() or not archives:
         return [str(metadata)]
     is_hub = all(map(HUB_NAME.fullmatch, archives))
-    named = [(HUB_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name), name) for name in archives]
-    chosen = [name for match, name in named if match and match[1] == split]
+    named = {name: _split_of(name) for name in archives}
+    chosen = [name for name in archives if split in (named[name], _prefix_of(name))]
+    here = sorted(set(named.values()) - {""})
     if not chosen and (is_hub or asked):
-        here = ", ".join(sorted({match[1] for match, _ in named if match})) or "files without one"
-        raise ValueError(f"{folder} has no split {split!r}; choose one with --split: {here}")
+        there = ", ".join(here) or "files without one"
+        raise ValueError(f"{folder} has no split {split!r}; choose one with --split: {there}")
+    held_out = OTHER_SPLITS.intersection(here)
+    if not chosen and held_out and not held_out.issuperset(named.values()):
+        raise ValueError(
+            f"{folder} holds files of the split {', '.join(sorted(held_out))} beside others"
+            f" ({', '.join(sorted(set(here) - held_out)) or 'without one'}): name those to be read"
+            " by a pattern, or the split by --split"
+        )
     archives = chosen or archives
     return _of_one_kind([str(folder / name) for name in archives], str(folder))
+
+
+def _split_of(name: str) -> str:
+    """Return what may be the split in the name of a file, the last word before its number; "" if
+    it has none."""
+    match = HUB_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name)
+    return match[1] if match else ""
+
+
+def _prefix_of(name: str) -> str:
+    """Return all that stands before the number of a shard."""
+    return re.sub(r"[-_]\d+\.\w+$", "", name)
 
 
 def _of_one_kind(files: list[str], where: str) -> list[str]:

@@ -42,3 +42,9 @@ def advised(*words: object) -> str:
     """Return the command `mmdit WORDS` for a person to type, who fills in what is `…`."""
     quoted = [word if word == "…" else shlex.quote(str(word)) for word in words]
     return " ".join(["mmdit", *map(str, quoted)])
+
+
+def advised_caching(path: object, pictures: bool) -> str:
+    """Return the command that caches the pictures, or the clips, of a JSONL file."""
+    command = "cache-images" if pictures else "cache-latents"
+    return advised(command, "--config", "…", "--meta_jsonl", path, "--out_dir", "…")

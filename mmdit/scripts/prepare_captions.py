@@ -25,7 +25,7 @@ from mmdit.interop.vision_language import DTYPES, LocalCaptioner
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.idle import refuse_other_captioner
-from mmdit.scripts.listing import advised
+from mmdit.scripts.listing import advised_caching
 from mmdit.scripts.parsers import CommandParser, at_least
 from mmdit.training.distributed import choose_device
 
@@ -117,9 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if report.interrupted:
         print("interrupted: what is captioned stays; the same command goes on from there")
         return 130
-    command = "cache-images" if media == "image" else "cache-latents"
-    words = [command, "--config", "…", "--meta_jsonl", preparation.out, "--out_dir", "…"]
-    print(f"next: {advised(*words)}")
+    print("next:", advised_caching(preparation.out, media == "image"))
     return 0
 
 

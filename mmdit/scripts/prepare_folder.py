@@ -9,7 +9,7 @@ unconditional) and counted.
 
 from mmdit.data.dataset.sources import prepare_folder
 from mmdit.scripts import command_parser, friendly, run
-from mmdit.scripts.listing import advised
+from mmdit.scripts.listing import advised_caching
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         report = prepare_folder(args.folder, args.out_dir, args.split, args.caption_per_line)
         print(report.text())
     for path in report.written:
-        command = "cache-images" if path.stem.endswith("images") else "cache-latents"
-        words = [command, "--config", "…", "--meta_jsonl", path, "--out_dir", "…"]
-        print(f"next: {advised(*words)}")
+        print("next:", advised_caching(path, path.stem.endswith("images")))
     return 0
 
 

@@ -502,6 +502,9 @@ def test_captions_are_found_whatever_their_suffix_is_and_orphans_are_told(tmp_pa
         "both.png.txt": "the other",
         "orphan.txt": "nothing",
         "capt.caption": "kohya",
+        "metadata.jsonl": '{"file_name": "upper.jpg", "text": "of the library datasets"}',
+        "val_images.jsonl": "",
+        "skipped-0.jsonl": "",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -513,10 +516,9 @@ def test_captions_are_found_whatever_their_suffix_is_and_orphans_are_told(tmp_pa
     }
     assert captions == {"upper": "capitals", "booru": "1girl, solo", "both": "its own", "capt": ""}
     assert "2 text files belong to no picture or clip, for example both.png.txt" in told
-    assert (
-        "1 .caption files are not read: rename them to .txt" in told
-        and "1 of them without a caption" in told
-    )
+    assert "1 of them without a caption" in told
+    assert "other files, not used: 1 .caption, 1 .jsonl\n" in told, "ours are none of them"
+    assert "captions in .caption, .jsonl files are not read, but those of .txt files" in told
 
 
 def test_captions_are_found_however_accents_are_composed(tmp_path):

@@ -53,6 +53,8 @@ MADE_HERE = {  # by the files that only such folders hold together
 }
 FRAMES_OF = re.compile(r"(?:.*/)?frames_[0-9.e+-]+fps(?=/)")  # as `prepare-frames` names them
 OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
+OTHER_CAPTIONS = {".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml"}  # where others keep them
+OWN_LINES = re.compile(r"\w*(images|videos|skipped|captions_made)[-\w]*\.jsonl")  # what mmdit writes beside media
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
 
@@ -102,10 +104,10 @@ class FolderReport:
                 lines.append(
                     f"  {formats}: pictures that are not read; convert them to JPEG or PNG"
                 )
-        if self.other_files[".caption"]:
+        if captions := sorted(OTHER_CAPTIONS & self.other_files.keys()):
             lines.append(
-                f"{self.other_files['.caption']} .caption files are not read: rename them to .txt"
-                " to use them as captions"
+                f"  captions in {', '.join(captions)} files are not read, but those of .txt files"
+                " (cat.txt beside cat.jpg): rename or convert them"
             )
         if self.orphans:
             lines.append(
@@ -272,7 +274,7 @@ def prepare_folder(
         if suffix == ".txt":
             texts.append(file)
         elif suffix not in SUFFIXES | VIDEO_SUFFIXES:
-            if suffix != ".jsonl":
+            if not OWN_LINES.fullmatch(os.path.basename(file)):
                 report.other_files[suffix] += 1
         elif holds_half_a_pair(file):
             report.problems.append(f"{file!r}: not used, its name is not UTF-8; rename it")

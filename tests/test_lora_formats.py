@@ -174,6 +174,16 @@ def test_what_is_saved_is_what_is_read(tmp_path, format, kind):
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing is left beside it"
 
 
+def test_a_strength_is_kept_whole_in_a_file_of_half_precision(tmp_path):
+    """257 is 256 in bfloat16."""
+    model = random_model(TINY)
+    inject(model, LoRAConfig(enabled=True, rank=4, alpha=257, target_modules=("cross_attn.k",)))
+    save_lora(model, tmp_path / "k.safetensors", "kohya", torch.bfloat16)
+    stored = load_file(tmp_path / "k.safetensors")
+    alphas = {tensor.item() for name, tensor in stored.items() if name.endswith(".alpha")}
+    assert alphas == {257.0}
+
+
 def test_a_file_that_would_be_read_otherwise_does_not_get_its_name(model, tmp_path, monkeypatch):
     load_lora(model, FILES["kohya"])
     monkeypatch.setattr(

@@ -46,7 +46,8 @@ def save_lora(
         for end, tensor in _parts(layer, form).items():
             tensors[form.key(name, end)] = tensor
     for name, tensor in tensors.items():
-        tensors[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        kept = torch.float32 if name.endswith(".alpha") else dtype  # bfloat16 has no 257
+        tensors[name] = tensor.detach().to(device="cpu", dtype=kept).contiguous()
         if not is_finite(tensors[name]):
             raise ValueError(
                 f"{name} holds numbers that are not finite in {str(dtype).removeprefix('torch.')}:"

@@ -207,6 +207,26 @@ def test_flow_times_follow_their_distribution():
         assert torch.allclose(t.quantile(quantiles), expected, atol=0.015), keys
 
 
+@pytest.mark.parametrize("between", [(0.0, 0.875), (0.875, 1.0), (0.3, 0.6)])
+@pytest.mark.parametrize(
+    "law",
+    [
+        {"shift": 3.0},
+        {"time": "logit_normal", "logit_mean": 0.7, "logit_std": 1.4, "shift": 0.4},
+        {"time": "logit_normal", "shift": 5.0, "t_min": 0.02, "t_max": 0.98},
+    ],
+)
+def test_times_of_a_range_are_those_of_the_whole_law_that_lie_inside(law, between):
+    low, high = between
+    whole, part = times(flow(**law), 60_000), times(flow(**law, between=between), 20_000)
+    assert low <= part.min() and part.max() <= high
+    inside = whole[(whole >= low) & (whole <= high)].sort().values
+    shares = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    seen = torch.searchsorted(inside, part.quantile(shares)) / len(inside)
+    limit = 1.6 * (1 / len(inside) + 1 / len(part)) ** 0.5  # of Kolmogorov and Smirnov at 1 %
+    assert (seen - shares).abs().max() < limit
+
+
 def test_clips_are_shifted_by_the_square_root_of_their_frames_in_training_and_in_sampling():
     by_frames = flow(shift=1.5, shift_by_frames=True)
     draws = Draws.of(0, 0, 64)

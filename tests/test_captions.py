@@ -102,6 +102,14 @@ def test_the_trigger_is_in_every_caption_once_it_is_wanted(caption, expected):
     assert with_trigger(caption, CaptionsConfig()) == caption
 
 
+def test_accents_are_the_same_however_they_are_composed():
+    """A caption typed on a Mac has an `e` and an accent where the config has one letter."""
+    config = CaptionsConfig(trigger="caf\u00e9", trim_keywords=("voil\u00e0",))
+    assert with_trigger("a cafe\u0301 at night", config) == "a cafe\u0301 at night"
+    assert trim("night, voila\u0300, rain", config) == "night, rain"
+    assert with_trigger("a cafe at night", config) == "caf\u00e9, a cafe at night"
+
+
 def test_the_trigger_outlives_dropout_and_shuffle():
     config = CaptionsConfig(trigger="ohwx", token_dropout=0.6, shuffle=True)
     rows = drawn(config, [["a, [trigger] cat, b, c"]] * 200)

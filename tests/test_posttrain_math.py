@@ -537,14 +537,30 @@ def test_the_slow_copy_of_nft_stays_behind_more_and_more():
 
 
 @pytest.mark.parametrize(
-    "weighting, slope", [("one", 1), ("t", 0.3), ("t2", 0.09), ("huber", 0.15), ("ghuber", 0.3)]
+    "weighting, slope, at_16",
+    [
+        ("one", 1, 16),
+        ("t", 0.3, 4.8),
+        ("t2", 0.09, 1.44),
+        ("huber", 0.15, 0.3 * (4 - 1e-5)),
+        ("ghuber", 0.3, 1.2 * (2 - 10**-2.5)),
+    ],
 )
-def test_the_weightings_of_awm_have_their_slope_at_an_error_of_one(weighting, slope):
-    error = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
-    weight = losses.weigh(error, torch.tensor([0.3, 0.3]), weighting)
+def test_the_weightings_of_awm_have_their_slope_at_an_error_of_one(weighting, slope, at_16):
+    error = torch.tensor([0.0, 1.0, 16.0], dtype=torch.float64, requires_grad=True)
+    weight = losses.weigh(error, torch.full((3,), 0.3), weighting)
     assert weight[0].item() == pytest.approx(0, abs=1e-12)
+    assert weight[2].item() == pytest.approx(at_16, rel=1e-6)
     (found,) = torch.autograd.grad(weight[1], error)
     assert found[1].item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_the_matching_error_is_that_of_the_way_from_data_to_noise():
+    clean, noise = torch.randn(2, 4, 6)
+    assert losses.matching(noise - clean, clean, noise).eq(0).all()
+    # in double precision, for it is multiplied by hundreds (dpo.beta) and subtracted
+    off = losses.matching(noise - clean + 1e-6, clean, noise)
+    torch.testing.assert_close(off, torch.full((4,), 1e-12, dtype=torch.float64), rtol=0.3, atol=0)
 
 
 def test_awm_on_policy_is_matching_weighted_by_the_advantage():

@@ -2,6 +2,7 @@
 training, of every variant."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,15 @@ def test_the_published_negative_prompts(two, shop):
         prompt = release_config(release)["train"]["sample_negative_prompt"]
         expected = words[config.image_positions] if config.image_dim else ""
         assert len(prompt) == 137 + len(expected) and prompt.startswith(expected)
+
+
+def test_a_clip_that_is_its_given_picture_alone_is_refused():
+    """The result would be the picture as the VAE decodes it, whatever the prompt."""
+    model = SimpleNamespace(picture="none", takes_first_frame=True, variant="TI2V-5B")
+    pictures = Pictures(model, SimpleNamespace(spec=None))
+    with pytest.raises(ValueError, match="TI2V-5B keeps the first frame .*: give --frames 5"):
+        pictures.given(torch.rand(1, 3, 32, 32), 1)
+    assert pictures.given(None, 1) == ({}, None)
 
 
 def test_what_does_not_belong_together_is_one_sentence(two, tmp_path, capsys):

@@ -98,6 +98,11 @@ class Pictures:
                 f"{model.variant} goes from a first picture to a last, but the clip has 1 frame:"
                 " give --frames 5 or more"
             )
+        if count and model.picture == "none" and frames == 1:
+            raise ValueError(
+                f"{model.variant} keeps the first frame that it is given, and a clip of 1 frame has"
+                " no other: give --frames 5 or more"
+            )
         if pictures is None:
             return {}, None
         if model.picture == "none":

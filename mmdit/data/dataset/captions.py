@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,10 +90,14 @@ def all_captions(caption: str, facts: dict) -> list[str]:
 
 
 def has_word(text: str, *words: str) -> bool:
-    """Return whether one of `words` stands in `text` by itself, whatever the case: "art" is not in
-    "heart"."""
-    some = "|".join(re.escape(word.strip()) for word in words)
-    return re.search(rf"(?<!\w)({some})(?!\w)", text, re.IGNORECASE) is not None
+    """Return whether one of `words` stands in `text` by itself, whatever the case, and however its
+    accents are composed: "art" is not in "heart"."""
+    some = "|".join(re.escape(_composed(word.strip())) for word in words)
+    return re.search(rf"(?<!\w)({some})(?!\w)", _composed(text), re.IGNORECASE) is not None
+
+
+def _composed(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def with_trigger(caption: str, config: CaptionsConfig) -> str:

@@ -54,7 +54,9 @@ MADE_HERE = {  # by the files that only such folders hold together
 FRAMES_OF = re.compile(r"(?:.*/)?frames_[0-9.e+-]+fps(?=/)")  # as `prepare-frames` names them
 OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
 OTHER_CAPTIONS = {".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml"}  # where others keep them
-OWN_LINES = re.compile(r"\w*(images|videos|skipped|captions_made)[-\w]*\.jsonl")  # what mmdit writes beside media
+OWN_LINES = re.compile(
+    r"\w*(images|videos|skipped|captions_made)[-\w]*\.jsonl"
+)  # what mmdit writes beside media
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
 

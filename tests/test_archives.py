@@ -330,6 +330,19 @@ def test_clips_are_read_from_tars(tmp_path):
     assert stamp_of(member, 10)["content"] == stamp_of(str(path), 10)["content"]
 
 
+def test_the_one_text_of_a_key_is_its_caption_whatever_stands_before_its_suffix(tmp_path):
+    data = picture(1)
+    files = [("a.image.png", data), ("a.text.txt", b"one"), ("b.png", data), ("b.tags.txt", b"two")]
+    files += [("c.png", data), ("c.meta.json", b'{"caption": "three"}')]
+    files += [("d.png", data), ("d.tags.txt", b"x"), ("d.long.txt", b"y")]
+    files += [("e.png", data), ("e.tags.txt", b"x"), ("e.txt", b"five")]
+    write_tar(tmp_path / "t.tar", files)
+    records = {record.id: record for record in read_input(tmp_path / "t.tar", "image")}
+    captions = [records[id].caption for id in "abce"]
+    assert captions == ["one", "two", "three", "five"]
+    assert "several texts of one key: tags.txt, long.txt" in str(records["d"].member.error)
+
+
 # ── which files ──
 def test_patterns_and_folders(tmp_path):
     for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b.parquet"):

@@ -274,13 +274,19 @@ def _media_extension(group: _Group, media: Media) -> str:
 def _texts(
     file: FileIO, entries: dict[str, TarEntry], extension: str, caption_key: str
 ) -> tuple[list[str], dict]:
-    """Return captions and facts of a sample. Unusable: they cannot be read."""
+    """Return captions and facts of a sample. Unusable: they cannot be read, or it is not clear
+    which text is the caption."""
     before = extension.rpartition(".")[0]
     texts: dict[str, TarEntry] = {}
     for name in ("txt", "json"):
-        for candidate in (name, f"{before}.{name}"):
+        alike = [other for other in entries if other.rpartition(".")[2] == name]
+        only = alike if len(alike) == 1 else []
+        for candidate in (name, f"{before}.{name}", *only):
             if candidate in entries:
                 texts[name] = entries[candidate]
+        if name == "txt" and alike and not texts and not caption_key:
+            detail = f"{', '.join(alike)}: name the one that is the caption .txt alone"
+            raise Unusable("several texts of one key", detail)
     row, captions = {}, [""]
     try:
         if "json" in texts:

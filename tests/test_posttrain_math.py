@@ -257,6 +257,32 @@ def test_advantages_have_the_moments_and_invariances_they_should():
     assert report["advantage_clipped"] == (value.abs() == 0.5).double().mean(), "on both sides"
 
 
+def test_advantages_of_two_groups_of_two_are_those_by_hand():
+    groups = torch.tensor([7, 7, 3, 3])
+    rewards = {"a": torch.tensor([0.0, 1, 2, 6]), "b": torch.tensor([1.0, 0, 0, 3])}
+    only_a = {"a": rewards["a"]}
+    centred = torch.tensor([-0.5, 0.5, -2, 2], dtype=torch.float64)
+    for std, size in (("global", 5.1875**0.5), ("group", centred.abs())):
+        value = advantages(only_a, {"a": 1.0}, groups, "sum", std)[0]
+        torch.testing.assert_close(value, centred / size)
+    # a gives ∓1, ∓1 and b ±1, ∓1 in the two groups
+    value = advantages(rewards, {"a": 1.0, "b": 0.5}, groups, "gdpo")[0]
+    torch.testing.assert_close(
+        value, torch.tensor([-0.5, 0.5, -1.5, 1.5], dtype=torch.float64) / 1.25**0.5
+    )
+
+
+@pytest.mark.parametrize("mode", ["sum", "gdpo"])
+@pytest.mark.parametrize("weight", [1.0, 1e-3])
+def test_a_small_difference_counts_where_rounding_does_not_explain_it(mode, weight):
+    groups, weights = torch.tensor([0, 0, 1, 1]), {"a": weight}
+    for gap, counts in ((1.5e-4, False), (3e-4, True)):  # of a pair, twice the deviation
+        value, report = advantages(
+            {"a": torch.tensor([0.5, 0.5 + gap, 0, 1])}, weights, groups, mode
+        )
+        assert bool(value[0]) == counts and report["zero_std_share"] == (0 if counts else 0.5)
+
+
 def test_equal_rewards_give_nothing_and_are_reported_and_a_group_of_one_is_refused():
     for mode in ("sum", "gdpo"):
         for std in ("global", "group"):

@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge
-from mmdit.interop.wan_weights import config_json, load_dit, official_names, save_dit
+from mmdit.interop.wan_weights import (
+    config_json,
+    expert_in_name,
+    load_dit,
+    locate,
+    official_names,
+    save_dit,
+)
 from mmdit.models.wan import WanConfig, WanDiT
 from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store
@@ -404,6 +411,31 @@ def test_experts_are_found_by_their_folders(tmp_path, high, low):
         "holds the low-noise expert alone",
         call=partial(load_dit, tmp_path / "pair", expert="high"),
     )
+
+
+@pytest.mark.parametrize(
+    "name, expert",
+    [
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled", "high"),
+        ("Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ", "low"),
+        ("Wan2.2-Lightning-4steps-lora_HIGH_fp16", "high"),
+        ("Wan2.2-I2V-A14B-LowNoise", "low"),
+        ("high_quality_low_noise", "low"),
+        ("lora_high", "high"),
+        ("wan_yellow_highway", None),
+        ("high_and_low", None),
+    ],
+)
+def test_the_names_of_files_in_the_wild_tell_their_expert(tmp_path, name, expert):
+    assert expert_in_name(f"{name}.safetensors") == expert
+    file = tmp_path / f"{name}.safetensors"
+    file.touch()
+    for asked in ("high", "low"):
+        if asked == expert:
+            assert locate(file, asked) == file
+            continue
+        reason = f"is the {expert}-noise expert" if expert else "its name does not tell of which"
+        refused(f"the {asked}-noise expert is asked for", reason, call=partial(locate, file, asked))
 
 
 def test_a_dense_diffusers_folder_has_its_weights_in_transformer(tmp_path):

@@ -96,15 +96,19 @@ def locate(path: str | Path, expert: str | None = None) -> Path:
     if expert in experts:
         return experts[expert]
     folder = path.parent if path.is_file() else path
-    names_of_path = {path.name, folder.name}
+    names_of_path, said = {path.name, folder.name}, None
+    if path.is_file():
+        said = expert_in_name(path)
     named = [
         name
         for name, folders in EXPERT_FOLDERS.items()
-        if names_of_path & {f"{name}_noise", *folders} or f"{name}_noise" in path.name.lower()
+        if names_of_path & set(folders) or f"{name}_noise" in path.name.lower() or said == name
     ]
     if named == [expert]:
         return path
-    what = f"is the {named[0]}-noise expert" if named else "is a model without experts"
+    what = "is a model without experts, or its name does not tell of which it is (high_noise, …)"
+    if named:
+        what = f"is the {named[0]}-noise expert"
     if experts:
         what = f"holds the {next(iter(experts))}-noise expert alone"
     raise ValueError(f"the {expert}-noise expert is asked for, but {path} {what}")
@@ -113,9 +117,12 @@ def locate(path: str | Path, expert: str | None = None) -> Path:
 def expert_in_name(path: str | Path) -> Expert | None:
     """Return the expert that the name of a file says it is for, None if it says nothing of one."""
     name = Path(path).name.lower()
-    for expert in ("high", "low"):
-        if re.search(rf"{expert}[-_ ]?noise|^lora_{expert}\b", name):
-            return expert
+    for pattern in (r"(high|low)[-_ ]?noise", r"(?<![a-z])(high|low)(?![a-z])"):
+        named = set(re.findall(pattern, name))
+        if named == {"high"}:
+            return "high"
+        if named == {"low"}:
+            return "low"
     return None
 
 

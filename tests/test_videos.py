@@ -12,6 +12,8 @@ from PIL import Image
 
 from mmdit.data.dataset import videos
 from mmdit.data.dataset.problems import Unusable
+from mmdit.data.dataset.records import read_records
+from mmdit.data.dataset.sources import prepare_folder
 from mmdit.data.dataset.videos import Probe, probe, read_video
 from mmdit.training.media import read_back, save_video
 from tests.test_pictures import GOLDEN, looked, near
@@ -53,6 +55,27 @@ def write_frames(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+@pytest.mark.parametrize(
+    "name, codec",
+    [
+        ("a.MPG", "mpeg2video"),
+        ("a.wmv", "wmv2"),
+        ("a.flv", "flv"),
+        ("a.3gp", "mpeg4"),
+        ("a.m2ts", "mpeg2video"),
+    ],
+)
+def test_older_containers_are_clips_of_a_folder_too(tmp_path, name, codec):
+    pixels = [np.full((48, 64, 3), 40 * number, np.uint8) for number in range(1, 6)]
+    write_frames(tmp_path / name, pixels, codec, rate=25)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.jfif", format="JPEG")
+    report = prepare_folder(tmp_path)
+    assert (report.videos, report.images) == (1, 1) and not report.other_files
+    (record,) = read_records(tmp_path / "train_videos.jsonl", "video")
+    shown = [np.asarray(image).mean() for image in read_video(record.source, 25)]
+    assert np.abs(np.array(shown) - [40, 80, 120, 160, 200]).max() < 4
 
 
 def test_frames_at_uneven_times_are_taken_by_their_times_also_where_their_mean_rate_fits():

@@ -29,7 +29,7 @@ from mmdit.data.dataset.problems import Unusable
 DECODING = 2
 BACKGROUND = (255, 255, 255)  # under transparent pixels
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SUFFIXES |= {".jp2", ".avif"}
+SUFFIXES |= {".jp2", ".avif", ".jfif", ".jpe"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
 MAX_PIXELS = 1 << 27  # a phone's picture of 108 million is below it
 HEAD = 4096  # bytes that tell what a file is

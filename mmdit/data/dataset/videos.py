@@ -25,7 +25,8 @@ from mmdit.data.dataset.members import Source, VideoSpan, open_source
 from mmdit.data.dataset.pictures import BACKGROUND
 from mmdit.data.dataset.problems import Unusable
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".mpg", ".mpeg", ".m2ts"}
+VIDEO_SUFFIXES |= {".wmv", ".flv", ".3gp", ".ogv"}  # .ts and .mts are program text as often
 NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30, 25 for 24
 MAX_FRAMES = 4096  # of one clip: all of them are encoded at once
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K, a little over

@@ -34,7 +34,9 @@ def opened(folder: Path, version: str, layout: str = "official", **keys):
         }
         save_file(renamed, place / "diffusion_pytorch_model.safetensors")
     else:
-        torch.save(weights, place / f"Wan2.{version[1]}_VAE.pth")
+        prefix = "model." if layout == "repacked" else ""
+        prefixed = {f"{prefix}{name}": value for name, value in weights.items()}
+        torch.save(prefixed, place / f"Wan2.{version[1]}_VAE.pth")
     return build_tokenizer(WanVAETokenizerConfig(name_or_path=str(folder), **SIZES[version] | keys))
 
 
@@ -57,7 +59,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("layout", ["official", "diffusers", "repacked"])
 @pytest.mark.parametrize("version", SIZES)
 def test_the_numbers_of_the_official_code(tmp_path, version, layout):
     tokenizer, known = opened(tmp_path, version, layout), golden(version)

@@ -230,8 +230,11 @@ DIFFERENT_IN_DIFFUSERS = {  # official → Diffusers: the tensors that tell the 
 
 
 def _load(place: Path) -> WanVAE:
-    stored = Checkpoint(place)
-    shapes = {name: entry.shape for name, entry in stored.entries.items()}
+    stored, prefix = Checkpoint(place), ""
+    if all(name.startswith("model.") for name in stored.entries):  # as some repacked files have it
+        prefix = "model."
+    bare = {name: name.removeprefix(prefix) for name in stored.entries}
+    shapes = {bare[name]: entry.shape for name, entry in stored.entries.items()}
     official = dict(shapes)
     for ours, theirs in DIFFERENT_IN_DIFFUSERS.items():
         if theirs in shapes:
@@ -246,9 +249,10 @@ def _load(place: Path) -> WanVAE:
         ) from None
     with explain_errors(place, "Wan VAE"), torch.device("meta"):
         model = WanVAE(sizes)
-    names = {}
+    ours_of = {}
     if "decoder.conv_in.weight" in shapes:
-        names = {theirs: ours for ours, theirs in model.diffusers_names.items()}
+        ours_of = {theirs: ours for ours, theirs in model.diffusers_names.items()}
+    names = {name: ours_of.get(inner, inner) for name, inner in bare.items()}
     version = "2.2" if sizes.residual else "2.1"
     return fill(model, stored, names, f"{place}, read as a Wan {version} VAE,")
 

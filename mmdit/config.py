@@ -103,6 +103,8 @@ _NUMBER = re.compile(
     r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII
 )  # YAML 1.1 reads 1e-4 as a string; people mean a number
 
+SCALARS = ("str", "int", "float", "bool", "null")
+TAGS = {yaml.MappingNode: ("map",), yaml.SequenceNode: ("seq",), yaml.ScalarNode: SCALARS}
 _OCTAL = re.compile(r"[-+]?0[\d_]+")
 
 
@@ -128,7 +130,7 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
             )
         lines.setdefault(path, line)
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
-        if tag not in ("map", "seq", "str", "int", "float", "bool", "null"):
+        if tag not in TAGS[type(node)]:
             raise ConfigError(
                 path,
                 f"{name}:{line}: the tag {node.tag!r} is not allowed; write plain values (quote"

@@ -125,6 +125,8 @@ def test_round_trip():
         ("name: !!python/object/apply:os.system [echo]", ["not allowed"]),
         ("name: !!binary aGk=", ["not allowed"]),
         ("name: 2020-01-01", ["not allowed"]),
+        ("name: !!map a", ["c.yaml:1", "not allowed"]),
+        ("name: !!str {a: 1}", ["not allowed"]),
         ("name: \x00", ["not valid YAML"]),
     ],
 )

@@ -2,6 +2,7 @@
 mixtures of Gaussians."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -63,6 +64,8 @@ def gaussian(objective, mean=MEAN, std=STD, error=0.0):
         prediction = objective.path.mix(
             objective.prediction, mean + alpha * std**2 * surprise, sigma * surprise, t
         )
+        if not error:
+            return prediction
         return prediction + error * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
     return objective.denoiser(model, TEXT)
@@ -75,6 +78,7 @@ def exact(objective, noise, mean=MEAN, std=STD):
     return mean + std * (x - alpha * mean) / math.hypot(alpha * std, sigma)
 
 
+@cache
 def error_of(objective, solver, steps):
     made = sample(gaussian(objective), GRID, objective, SamplerConfig(solver, steps))
     return (made - exact(objective, GRID)).abs().max().item()

@@ -211,9 +211,11 @@ def test_few_rows_are_left_alone(serving, monkeypatch):
 
 
 def test_blocks_compile_without_breaks(serving, opaque_einops):
+    """And what is special in them is recorded with its gradients, too, which takes longer."""
     _, coded = models()
     exact = coded(*inputs())
-    coded.blocks[0].compile(fullgraph=True, backend="aot_eager")
+    coded.blocks[0].compile(fullgraph=True, backend="eager")
+    coded.blocks[1].mlp.compile(fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         found = coded(*inputs())
     assert 0 < apart_from(found.float(), exact) < 0.2

@@ -57,7 +57,14 @@ PHASES = [
     "alpha_schedule.enabled=true",
     "alpha_schedule.phases=[{name: first, alpha: 16, exit: steps}, {name: second, alpha: 4}]",
 ]
-POISONED = {"poison": (2,), "steps": 4, "accum": 2, "lr_schedule": "constant", "log_every_steps": 4}
+POISONED = {
+    "poison": (2,),
+    "steps": 4,
+    "depth": 1,
+    "accum": 2,
+    "lr_schedule": "constant",
+    "log_every_steps": 4,
+}
 
 
 @pytest.fixture(scope="module")

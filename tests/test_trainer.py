@@ -87,6 +87,7 @@ def trained(
     ema=True,
     fsdp=False,
     size=8,
+    depth=2,
     average=EMAConfig(decay=0.9),
     **options,
 ):
@@ -104,7 +105,7 @@ def trained(
             **options,
         }
     )
-    model = learner(dropout)
+    model = learner(dropout, depth)
     if fsdp:
         shard(model, world)
     state = TrainState.create(model, config, replace(average, enabled=ema))
@@ -205,7 +206,7 @@ def test_rates_and_decay_are_those_said_where_the_parameters_are_made(tmp_path, 
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.2)  # at its start the model has few gradients
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(sys.modules[__name__], "learner", lambda dropout: model)
+    monkeypatch.setattr(sys.modules[__name__], "learner", lambda *words: model)
     trained(tmp_path, steps=1, lr=1e-3, weight_decay=0.5, warmup_steps=0, lr_schedule="constant")
     for name, weight in model.named_parameters():
         rate = 2.5e-4 if name.startswith("text_encoder.") else 1e-3

@@ -21,7 +21,8 @@ import torch.distributed.checkpoint  # else every child that shards would import
 import torch.distributed.fsdp  # noqa: F401
 
 from mmdit.training import checkpoint
-from tests.helpers.forked_runs import make, must, train, wait
+from mmdit.training.trainer import Trainer
+from tests.helpers.forked_runs import arguments, make, must, start_ranks, train, train_t2v, wait
 
 # A constant rate: `max_steps` may grow on resume. And a usual one: AdamW moves a weight by the rate
 # however small its gradient, so where that is rounding alone (behind modulation that starts at
@@ -71,7 +72,8 @@ def worlds(folder: Path, quick: bool) -> dict:
     sizes, moves = ((2,), QUICK) if quick else ((2, 4), MOVES)
     names = ("world",) if quick else ("world", "sharded")
     run(folder, "one", 1)
-    run(folder, "one_batch", 1, "train.batch_size=8", "train.grad_accum_steps=1")
+    if not quick:  # quick: a fact of tests/test_trainer.py
+        run(folder, "one_batch", 1, "train.batch_size=8", "train.grad_accum_steps=1")
     for world in sizes:
         run(folder, f"world{world}", world)
         if not quick:  # there the move begins with shards
@@ -87,6 +89,7 @@ def worlds(folder: Path, quick: bool) -> dict:
                 *["--resume"] * (number > 1),
             )
     others = [f"{name}{world}" for world in sizes for name in names] + [*moves]
+    batches = () if quick else ("one_batch",)
     told = {
         name: [
             json.loads(line)
@@ -102,7 +105,7 @@ def worlds(folder: Path, quick: bool) -> dict:
     assert {"loss_ema_10", "val_loss_ema", "val_loss_q9"} <= kinds, kinds
     pairs = [pair for records in told.values() for pair in zip(told["one"], records, strict=True)]
     spread = max(abs((a.get(key) or 0) - (b.get(key) or 0)) for a, b in pairs for key in kinds)
-    return {name: difference(folder, "one", name) for name in ("one_batch", *others)} | {
+    return {name: difference(folder, "one", name) for name in (*batches, *others)} | {
         "loss": spread
     }
 
@@ -115,9 +118,14 @@ def lost(folder: Path, name: str, blow: int, minutes: float) -> dict:
         "train.max_steps=100000",
         f"train.timeout_minutes={minutes}",
     ]
-    first, second = train(
-        folder, *words, "train.save_every_steps=100000", "train.keep_every_steps=0", world=2
-    )
+    words += ["train.save_every_steps=100000", "train.keep_every_steps=0"]
+
+    def work() -> int:
+        step = Trainer.optimizer_step  # with a rest before each: they are to be there, no more
+        Trainer.optimizer_step = lambda *given: time.sleep(0.05) or step(*given)
+        return train_t2v.main(arguments(folder, *words))
+
+    first, second = start_ranks(work, folder, 2)
     metrics = folder / "runs" / name / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         time.sleep(0.01)

@@ -61,7 +61,7 @@ CONFIG = {
         "cfg_dropout_prob": 0.3,
         "val_every_steps": 6,
         "val_share": 0.2,
-        "val_samples": 2,
+        "val_samples": 1,
     },
     "ema": {"decay": 0.9},
     "tread": {"enabled": True, "apply_to": [1, 2]},

@@ -3,6 +3,7 @@ what a step really takes."""
 
 import gc
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -225,7 +226,7 @@ def test_offloaded_blocks_compute_the_same_bits(blocks, encoding, autocast, chec
     for a, b in zip(expected, passes(moved, autocast), strict=True):
         assert torch.equal(a, b)
     assert len(streamer.pinned) == blocks
-    home, slots = slot_bytes(moved.blocks[:blocks])
+    home, slots, _ = slot_bytes(moved.blocks[:blocks])
     assert home == sum(map(len, streamer.pinned)) and slots == sum(
         map(len, streamer.slots)
     ) <= 2 * max(map(len, streamer.pinned))
@@ -504,6 +505,11 @@ def test_checkpointing_fewer_bits_and_offloading_each_save_what_they_promise(tmp
         and less.weights == alone.weights
         and less.total < alone.total
     )
+    sends = ("model.checkpointing=true", "model.checkpoint_offload=true")
+    sent = plan_training(case("wan", tmp_path, *words, *sends)[0], sizes)
+    stream = math.prod(latent_shape(config)[:4]) // 4 * sizes.dim * 4
+    assert less.activations - sent.activations == 2 * stream and sent.total <= less.total
+    assert sent.host == 3 * 2 ** math.ceil(math.log2(stream))
     learner = case("wan", tmp_path)[1]().model.blocks[0]
     matrices = [layer.weight for layer in learner.modules() if isinstance(layer, nn.Linear)]
     fewer = {}
@@ -515,18 +521,18 @@ def test_checkpointing_fewer_bits_and_offloading_each_save_what_they_promise(tmp
         fewer[encoding] = plan
     assert fewer["nf4"].weights < fewer["float8"].weights == fewer["int8"].weights
     away = plan_training(case("wan", tmp_path, *words, "train.offload_blocks=3")[0], sizes)
-    block = slot_bytes([learner])[0]
+    block, _, locked = slot_bytes([learner])
     assert (
-        away.host == 3 * block
+        away.host == 3 * locked == 3 * 2 ** math.ceil(math.log2(block))
         and alone.weights - away.weights == block
         and alone.total - away.total == block
     )
     store(learner, "int8")
-    block = slot_bytes([learner])[0]
+    block, _, locked = slot_bytes([learner])
     words += ["model.dtype=int8", "train.offload_blocks=3"]
     away = plan_training(case("wan", tmp_path, *words)[0], sizes)
     codes = sum(stored_bytes(layer.weight) for layer in linear_layers(learner))
-    assert away.host == 3 * block
+    assert away.host == 3 * locked
     assert fewer["int8"].weights - away.weights == 3 * block - 2 * block >= codes
 
 
@@ -642,7 +648,8 @@ def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys, monkeypatch):
     assert plan_memory.main([*words, "--gpu_gb", "0.01"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "does not fit" in out[-1] and out[-2].endswith(
-        " model.dtype=float8 model.checkpointing=true train.offload_blocks=1"
+        " model.dtype=float8 model.checkpointing=true model.checkpoint_offload=true"
+        " train.offload_blocks=1"
     )
     refused(
         capsys,
@@ -712,11 +719,12 @@ def test_making_the_graph_of_the_update_needs_all_that_it_changes_twice_more():
 
 def test_rungs_leave_out_what_is_chosen_already():
     config = tiny("train.precision=pure_bf16", "model.checkpointing=true")
+    sent = "model.checkpoint_offload=true"
     assert list(memory_options(config, 2)) == [
         (),
         *[
             ("train.batch_size=1", "train.grad_accum_steps=4", *more)
-            for more in ((), ("train.offload_optimizer=true",))
+            for more in ((), (sent,), (sent, "train.offload_optimizer=true"))
         ],
     ]
 

@@ -167,3 +167,15 @@ def test_a_compiled_block_keeps_products_and_attention_for_its_backward_pass():
         and backward["products"] == back
         and backward["norms"] == forward["norms"] == 4
     ), (forward, backward)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["float32", "autocast"])
+def test_the_stream_lies_in_memory_in_the_order_of_its_shape(residual):
+    model, seen = adapted(), []
+    model.residual = residual
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X, T, TEXT)
+    assert seen == [True] * len(model.blocks)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmdit import rng
 from mmdit.config import ConfigError
@@ -36,6 +35,7 @@ from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, no_change, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition, JointPosition
 from mmdit.nn.products import Float8Linear
+from mmdit.nn.recomputing import Recomputing, checkpointing_options, recompute
 from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import (
     Pattern,
@@ -121,6 +121,9 @@ class VideoMMDiTConfig(ModelSection):
     checkpointing: bool = False
     # With `checkpointing`, recompute every n-th block only: 2 saves half as much.
     checkpoint_every: int = 1
+    # With `checkpointing`, keep what recomputed blocks start from in the memory of the CPU; it
+    # comes back to the GPU while the block behind it computes.
+    checkpoint_offload: bool = False
 
     def __post_init__(self):
         for name, standard in zip(("dim", "depth", "num_heads"), SIZES[self.size or "S"]):
@@ -181,7 +184,11 @@ class VideoMMDiTConfig(ModelSection):
 
     def without_part(self) -> dict[str, tuple[str, ...]]:
         rows = (
-            (self.checkpointing, "model.checkpointing is false", ("checkpoint_every",)),
+            (
+                self.checkpointing,
+                "model.checkpointing is false",
+                ("checkpoint_every", "checkpoint_offload"),
+            ),
             (
                 self.temporal_position,
                 "model.temporal_position is false: frames have no number",
@@ -192,7 +199,7 @@ class VideoMMDiTConfig(ModelSection):
         return {reason: keys for has_part, reason, keys in rows if not has_part}
 
     def memory_options(self, frozen: bool) -> list[str]:
-        return [] if self.checkpointing else ["model.checkpointing=true"]
+        return checkpointing_options(self.checkpointing, self.checkpoint_offload)
 
     def pattern(self, block: int) -> Pattern:
         """Return what the attention in space of the block number `block` sees."""
@@ -274,9 +281,9 @@ class VideoMMDiT(Denoiser):
         self.pooled = PooledText(dim) if config.pooled_text else None
         self.crop = CropEmbedding(dim) if config.crop else None
         self.conditioning = config.conditioning
-        self.low_resolution = None
-        if config.conditioning == "low_resolution":
-            self.low_resolution = LowResolution(latent_channels, dim)
+        self.low_resolution = (
+            LowResolution(latent_channels, dim) if config.conditioning == "low_resolution" else None
+        )
         self.modulation = nn.Linear(dim, 3 * SUBLAYERS * dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
@@ -298,10 +305,9 @@ class VideoMMDiT(Denoiser):
         nn.init.zeros_(self.frame.embed.weight)
         if self.joint_position is not None:
             nn.init.zeros_(self.joint_position.embed.weight)
-        if self.crop is not None:
-            self.crop.init_weights()
-        if self.low_resolution is not None:
-            self.low_resolution.init_weights()
+        for part in (self.crop, self.low_resolution):
+            if part is not None:
+                part.init_weights()
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
@@ -454,6 +460,8 @@ class VideoMMDiT(Denoiser):
         table = (self.config.head_dim, x.device, exact)
         layouts = {pattern: place_tables(grid, pattern, *table) for pattern in self.config.spatial}
 
+        recomputing = Recomputing(self.config)
+
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
             step = self.config.frame_step if self.config.temporal_position else None
             count, places = x.shape[1], x.shape[2] * x.shape[3]
@@ -472,13 +480,10 @@ class VideoMMDiT(Denoiser):
                     layouts[self.config.pattern(index)],
                     frames,
                 )
-                if (
-                    self.config.checkpointing
-                    and index % self.config.checkpoint_every == 0
-                    and torch.is_grad_enabled()
-                ):
-                    x = add_gated(x, change, gate)  # one tensor to keep
-                    x, change, gate = checkpoint(block, x, None, None, *rest, use_reentrant=False)
+                if recomputing.applies(index):
+                    with recomputing.inputs(x):
+                        x = add_gated(x, change, gate)
+                        x, change, gate = recompute(block, x, None, None, *rest)
                 else:
                     x, change, gate = block(x, change, gate, *rest)
             return x, change, gate

@@ -34,6 +34,7 @@ from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.attention import HeadedAttention, attend
 from mmdit.nn.context_parallel import Share
 from mmdit.nn.norm import upcast, working_dtype
+from mmdit.nn.recomputing import Recomputing, recompute
 
 PATCH = (1, 2, 2)
 TI2V_CHANNELS = 48  # of the latents of the one model that takes a given first frame as it is
@@ -319,8 +320,9 @@ class WanDiT(Denoiser):
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of
     text padding (exact). `checkpointing`: recompute blocks in the backward pass, every
-    `checkpoint_every`-th of them. `residual`: what the stream between blocks is kept in, float32 as
-    in the official code, or autocast's type as in Diffusers (half the traffic).
+    `checkpoint_every`-th of them, from inputs that `checkpoint_offload` keeps on the CPU.
+    `residual`: what the stream between blocks is kept in, float32 as in the official code, or
+    autocast's type as in Diffusers (half the traffic).
     """
 
     exact_parts = (
@@ -346,11 +348,13 @@ class WanDiT(Denoiser):
         collapse_padding: bool = True,
         checkpointing: bool = False,
         checkpoint_every: int = 1,
+        checkpoint_offload: bool = False,
         residual: Residual = "float32",
     ):
         super().__init__()
         self.config, self.collapse_padding, self.residual = config, collapse_padding, residual
         self.checkpointing, self.checkpoint_every = checkpointing, checkpoint_every
+        self.checkpoint_offload = checkpoint_offload
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(
@@ -439,7 +443,8 @@ class WanDiT(Denoiser):
         with torch.autocast(device, enabled=False):
             tokens = self.patch_embedding(inputs.to(self.patch_embedding.weight.dtype))
             grid = tokens.shape[2:]
-            tokens = upcast(rearrange(tokens, "b d f h w -> b (f h w) d"))
+            # In the order of its shape: what is added to a transposed stream is transposed, too.
+            tokens = upcast(rearrange(tokens, "b d f h w -> b (f h w) d").contiguous())
             values, where = (t, None) if t.ndim == 1 else torch.unique(t, return_inverse=True)
             embedded = self.time_embedding(
                 sinusoid(values, config.freq_dim).to(input_dtype(self.time_embedding))
@@ -455,14 +460,12 @@ class WanDiT(Denoiser):
             tokens, where = share.cut(tokens, 1), None if where is None else share.cut(where, 1)
             cosine, sine = share.cut(cosine, 0), share.cut(sine, 0)
         tokens = tokens.to(working_dtype(text)) if self.residual == "autocast" else tokens
+        recomputing = Recomputing(self)
         for index, block in enumerate(self.blocks):
             arguments = (tokens, time, where, (cosine, sine), text, bias, image, share)
-            if (
-                self.checkpointing
-                and index % self.checkpoint_every == 0
-                and torch.is_grad_enabled()
-            ):
-                tokens = checkpoint(block, *arguments, use_reentrant=False)
+            if recomputing.applies(index):
+                with recomputing.inputs(tokens):
+                    tokens = recompute(block, *arguments)
             else:
                 tokens = block(*arguments)
         with torch.autocast(device, enabled=False):

@@ -17,6 +17,7 @@ from mmdit.interfaces import ModelSection, TextTokens
 from mmdit.models.wan import PATCH, Residual, WanDiT
 from mmdit.nn import kernels
 from mmdit.nn.encodings import ENCODINGS
+from mmdit.nn.recomputing import checkpointing_options
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class WanModelConfig(ModelSection):
     checkpointing: bool = False
     # With `checkpointing`, recompute every n-th block only.
     checkpoint_every: int = 1
+    # With `checkpointing`, keep what recomputed blocks start from in the memory of the CPU; it
+    # comes back to the GPU while the block behind it computes.
+    checkpoint_offload: bool = False
     # Train the text encoder alone.
     freeze: bool = False
 
@@ -89,7 +93,8 @@ class WanModelConfig(ModelSection):
         return True
 
     def without_part(self) -> dict[str, tuple[str, ...]]:
-        return {} if self.checkpointing else {"model.checkpointing is false": ("checkpoint_every",)}
+        keys = ("checkpoint_every", "checkpoint_offload")
+        return {} if self.checkpointing else {"model.checkpointing is false": keys}
 
     def check(self, run: Any) -> None:
         """Refuse what a Wan transformer was not made for, and what its trainer cannot do."""
@@ -142,8 +147,7 @@ class WanModelConfig(ModelSection):
         options = []
         if frozen and self.dtype == "float32":
             options.append("model.dtype=bfloat16")
-        if not self.checkpointing:
-            options.append("model.checkpointing=true")
+        options += checkpointing_options(self.checkpointing, self.checkpoint_offload)
         if frozen and self.dtype not in ENCODINGS:
             options.append("model.dtype=float8")
         return options

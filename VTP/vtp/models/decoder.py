@@ -52,7 +52,8 @@ class DinoV3PixelDecoder(nn.Module):
             )
         h, w = latents.shape[-2:]
         table = self.rope_embed(h, w)
-        x = rearrange(self.proj_in(latents), "b d h w -> b (h w) d")
+        # In the order of its shape: what is added to a transposed stream is transposed, too.
+        x = rearrange(self.proj_in(latents), "b d h w -> b (h w) d").contiguous()
         for block in self.blocks:
             x = block(x, table)
         x = rearrange(self.norm(x), "b (h w) d -> b d h w", h=h, w=w)

@@ -12,6 +12,7 @@ temporaries are counted as if no operations were fused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.util
@@ -37,7 +38,7 @@ from mmdit.interop.wan_weights import prepare
 from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
-from mmdit.nn import kernels
+from mmdit.nn import kernels, recomputing
 from mmdit.nn.stored_weights import parts_of
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
@@ -94,11 +95,12 @@ class MemoryPlan:
 
 class Meter(TorchDispatchMode):
     """`live`: bytes of the storages that operations have made and that are still referred to;
-    `peak`: the most so far."""
+    `peak`: the most so far. Tensors on the device `meta` stand for those in the memory of the CPU,
+    whose bytes `host` counts when they are taken."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host = 0
         self.sizes: dict[int, int] = {}
 
     @classmethod
@@ -109,7 +111,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
+            plain = isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
+            if plain and value.device.type != "meta":
                 self._add(value.untyped_storage())
         if func.__name__.startswith("_scaled_dot_product") and func.__name__.endswith(
             "backward.default"
@@ -171,6 +174,11 @@ def without_memory():
     ) -> Tensor:
         return _FusedNorm.apply(x, weight)
 
+    def host_memory(size: int, pinned: bool) -> Tensor:
+        meter.host += size
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    meter = Meter()
     with contextlib.ExitStack() as stack:
 
         def patch(place: object, name: str, value: object) -> None:
@@ -188,10 +196,13 @@ def without_memory():
             patch(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
             for name, path in kernels.MODULES.items():
                 patch(kernels, name, importlib.import_module(path))
+        patch(recomputing, "leaves", lambda x: True)
+        patch(recomputing, "host_memory", host_memory)
+        patch(recomputing, "channel", functools.cache(recomputing.Channel))
         patch(torch, "unique", unique)
         patch(nn.functional, "rms_norm", rms_norm)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Meter())
+        yield stack.enter_context(meter)
 
 
 def stored_bytes(parameter: Tensor) -> int:
@@ -284,16 +295,17 @@ def _plan(
         if any(is_adapter(name) for name, _ in learner.named_parameters())
         else 0
     )
-    home, slots = 0, 0
+    moved, slots, host = 0, 0, meter.host
     if train.offload_blocks:
-        home, slots = slot_bytes(learner.model.blocks[: train.offload_blocks])
+        moved, slots, locked = slot_bytes(learner.model.blocks[: train.offload_blocks])
+        host += locked
     narrow = [p.numel() for p in trained if p.dtype != torch.float32]
     changed = (
         4 * max(narrow, default=0) if ema.enabled else 0
     )  # the average takes one weight at a time in float32
     step = gradients + max(visiting, changed, 10 * signs)
     state += signs // 8  # of the last gradients
-    constant = weights - home + slots + state + averaged
+    constant = weights - moved + slots + state + averaged
     replayed = train.replays and suits(learner.model)
     replayed = (
         replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL
@@ -310,13 +322,13 @@ def _plan(
         step = max(step, gradients + 2 * (sum(p.nbytes for p in trained) + state))
     peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY + replayed * gradients
     return MemoryPlan(
-        weights - home + slots,
+        weights - moved + slots,
         gradients,
         state,
         averaged,
         activations,
         peak - constant - gradients - activations,
-        home,
+        host,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError
+from mmdit.nn.recomputing import page_locked_bytes
 from mmdit.nn.stored_weights import Parts, StoredWeight, linear_layers, parts_of
 from mmdit.training.learner import Learner
 
@@ -119,11 +120,11 @@ def _both(views: Sequence[Callable[[Tensor], Tensor]], memory: Tensor) -> Parts:
     return codes, scale[0] if scale else None
 
 
-def slot_bytes(blocks: Iterable[nn.Module]) -> tuple[int, int]:
-    """Return the bytes that a `Streamer` of these blocks would take on the CPU and on the
-    device."""
+def slot_bytes(blocks: Iterable[nn.Module]) -> tuple[int, int, int]:
+    """Return the bytes that a `Streamer` of these blocks would move from the device, take on the
+    device, and take on the CPU."""
     sizes = [_layout(linear_layers(block))[1][-1] for block in blocks]
-    return sum(sizes), 2 * max(sizes)
+    return sum(sizes), 2 * max(sizes), sum(map(page_locked_bytes, sizes))
 
 
 def _view(offset: int, size: int, dtype: torch.dtype, shape: torch.Size, memory: Tensor) -> Tensor:

@@ -156,6 +156,7 @@ def test_shared_clips_are_never_replayed():
 
 def test_processes_that_do_not_split_into_groups_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "0")
     split = pytest.raises(ConfigError, match="is 4, but 6 processes do not split into groups")
     with split, process_group("cpu", context_parallel=4):
         pass

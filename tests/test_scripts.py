@@ -33,7 +33,7 @@ from mmdit.scripts import (
     train_t2v,
 )
 from mmdit.scripts.parsers import parser_of
-from mmdit.training.distributed import choose_device
+from mmdit.training.distributed import choose_device, process_group
 from mmdit.training.media import read_back
 from tests.helpers.tiny import FOUR_STEPS, Workshop, refused
 
@@ -311,6 +311,35 @@ def test_mistakes_in_configs_and_arguments_are_refused(shop, capsys, tmp_path):
 def test_a_device_of_another_type_is_refused(device):
     with pytest.raises(ValueError, match=f"--device is '{device}', must be auto, cpu, cuda or"):
         choose_device(device)
+
+
+@pytest.mark.parametrize(
+    "stated, message",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set, WORLD_SIZE is 2, which is no process of a job"),
+        ({"RANK": "1"}, "RANK is 1, WORLD_SIZE is not set, which is no process"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "which is no process of a job"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "must be whole numbers: start the processes with"),
+    ],
+)
+def test_half_of_a_job_is_refused(shop, pictures, capsys, monkeypatch, stated, message):
+    """A cluster may set one of the two: caching left out every other record, or the first."""
+    for name, value in stated.items():
+        monkeypatch.setenv(name, value)
+    out = pictures.parent / "c"
+    words = ["--config", shop.config, "--meta_jsonl", pictures, "--out_dir", out, "--device", "cpu"]
+    refused(capsys, cache_vtp_images.main, words, message)
+    assert not out.exists()
+
+
+def test_a_job_without_a_place_to_meet_is_refused(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    meeting = pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT not set, where")
+    with meeting, process_group("cpu"):
+        pass
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -4,7 +4,6 @@ see `mmdit.scripts.sample`."""
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, variant_of
 from mmdit.interop.wan_weights import expert_in_name
 from mmdit.shipped import find
-from mmdit.training.distributed import World, process_group
+from mmdit.training.distributed import World, place_in_job, process_group
 from mmdit.training.expert_choice import experts_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.requests import Request, read_request
@@ -85,7 +84,7 @@ def refines_averaged(args: argparse.Namespace) -> bool:
 @contextmanager
 def all_processes(args: argparse.Namespace) -> Iterator[World]:
     """Join the processes of torchrun, which then share each clip; without it, this one is alone."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    _, size = place_in_job()
     if size == 1:
         yield World()
         return

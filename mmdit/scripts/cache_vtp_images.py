@@ -23,7 +23,7 @@ from mmdit.scripts.data_arguments import add_input_arguments, input_records
 from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import at_least
 from mmdit.tokenizers import build_tokenizer
-from mmdit.training.distributed import choose_device
+from mmdit.training.distributed import choose_device, place_in_job
 
 
 def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Namespace:
@@ -65,9 +65,8 @@ def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Nam
 
 def main(argv: list[str] | None = None, media: Media = "image", doc: str | None = __doc__) -> int:
     args = parse(argv, media, doc)
-    # no process group: there is no communication
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with friendly():
+        rank, world = place_in_job()  # no process group: there is no communication
         if args.prune and args.verify:
             raise ValueError("--verify only reads the cache, and --prune removes items: choose one")
         if args.prune and args.limit:

@@ -210,6 +210,23 @@ def _context(rank: int, size: int, timeout: timedelta) -> Context | None:
     return Context(group.group_name, rank % size, size)
 
 
+def place_in_job() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, as torchrun or another launcher
+    states them in the environment; without one (0, 1). ValueError: what is stated there cannot be,
+    and parts of the work would be left out."""
+    stated = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    said = ", ".join(f"{name} is {value or 'not set'}" for name, value in stated.items())
+    remedy = "start the processes with torchrun, or unset both"
+    try:
+        size = int(stated["WORLD_SIZE"] or 1)
+        rank = int(stated["RANK"] or (0 if size == 1 else -1))
+    except ValueError:
+        raise ValueError(f"in the environment {said}, must be whole numbers: {remedy}") from None
+    if not 0 <= rank < size:
+        raise ValueError(f"in the environment {said}, which is no process of a job: {remedy}")
+    return rank, size
+
+
 @contextmanager
 def process_group(
     device_name: str = "auto", timeout_minutes: float = 30.0, context_parallel: int = 1
@@ -219,8 +236,7 @@ def process_group(
     `timeout_minutes`: `training.watch` speaks first, and names who is missing. `context_parallel`:
     so many neighbours share each clip.
     """
-    device = choose_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    device, (_, size) = choose_device(device_name), place_in_job()
     if size % context_parallel:
         raise ConfigError(
             "parallel.context_parallel",
@@ -241,6 +257,11 @@ def process_group(
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=1.5 * timeout_minutes)
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(
+            f"in the environment WORLD_SIZE is {size}, and {' and '.join(missing)} not set, where"
+            " the processes meet: start them with torchrun, or unset WORLD_SIZE and RANK"
+        )
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     if torchrun_names():

@@ -20,6 +20,7 @@ from mmdit.posttrain.posttrain_config import (
     SRPOConfig,
     StorageConfig,
 )
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.rewards import LatentNorm, Motion, Noise
 from mmdit.posttrain.rollouts import Rollouts
 from mmdit.posttrain.srpo import srpo_updates
@@ -471,11 +472,16 @@ def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
 def test_micro_batches_of_srpo_add_up_to_the_mean(tmp_path):
     """AdamW would hide a wrong sum, but the norm that is clipped would be another one."""
 
-    def norm(size: int) -> float:
-        update = srpo_updates(session(tmp_path, **SRPO | {"srpo": words(), "micro_batch": size}))
-        return update()["grad_norm"]
+    def norm(size: int, prompts: int = 32, alike: bool = False) -> float:
+        settings = SRPO | {"srpo": words(), "micro_batch": size, "prompts_per_epoch": prompts}
+        running = session(tmp_path, **settings)
+        if alike:  # all samples share their noise, too: then they are one sample
+            running.prompts = Prompts(["class 1"] * len(running.prompts))
+            running.text = running.encode(running.prompts.captions)
+        return srpo_updates(running)()["grad_norm"]
 
     assert norm(8) == pytest.approx(norm(32), rel=1e-3)
+    assert norm(32, alike=True) == pytest.approx(norm(8, 8, alike=True), rel=1e-3)
 
 
 def test_srpo_follows_its_words(tmp_path):

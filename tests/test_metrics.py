@@ -287,6 +287,15 @@ def test_killed_at_any_byte_the_log_resumes_whole(tmp_path):
     assert steps == list(range(1, at + 2)) and at > 50
 
 
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    """NaN and Infinity are no JSON: a browser, or jq, would refuse the whole line."""
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "expert": None})
+    log.close()
+    row = {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "expert": None}
+    assert records(tmp_path) == [row]
+
+
 def test_a_log_that_went_back_is_read_once(tmp_path):
     """Steps that were written twice, by a run that was restored without its log, and lines that are
     none."""

@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def json_line(record: dict) -> str:
+    """Return a record as a line of JSON, which has no other word than null for what is no finite
+    number."""
+    odd = {k: None for k, v in record.items() if isinstance(v, float) and not isfinite(v)}
+    return json.dumps(record | odd) + "\n"
 
 
 class MetricsLog:
@@ -55,7 +63,7 @@ class MetricsLog:
     def write(self, values: dict) -> None:
         self.last = values
         try:
-            self.file.write(json.dumps(values) + "\n")
+            self.file.write(json_line(values))
             self.file.flush()
         except OSError as error:
             raise RunError(

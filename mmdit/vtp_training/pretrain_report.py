@@ -19,6 +19,7 @@ from mmdit.files import lines_of, read_text, refuse_link, write_atomically
 from mmdit.pixels import to_shown
 from mmdit.training.errors import RunError
 from mmdit.training.media import save_image
+from mmdit.training.metrics import json_line
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.vtp_training.tokenizer_scores import reconstruct, shapes_psnr
 
@@ -50,7 +51,7 @@ class PretrainReport:
     def _write(self, record: dict) -> None:
         try:
             with refuse_link(self.path).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json_line(record))
         except OSError as error:
             raise RunError(
                 f"could not write {self.path}: {error}; checkpoints are untouched. Free disk space"

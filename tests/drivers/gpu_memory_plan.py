@@ -16,6 +16,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -43,8 +44,9 @@ WAN_LORA = LORA | {
 VIDEO = {
     "1.3B": (832, 480, 81, 8, 16),
     "5B": (1280, 704, 121, 16, 48),
+    "14B": (832, 480, 81, 8, 16),
 }  # width, height, frames, cell, channels
-TINY = {"1.3B": (64, 32, 5, 8, 16), "5B": (64, 64, 5, 16, 48)}
+TINY = {"1.3B": (64, 32, 5, 8, 16), "5B": (64, 64, 5, 16, 48), "14B": (64, 32, 5, 8, 16)}
 
 
 def wan(
@@ -104,6 +106,7 @@ def cases(tiny: bool, compiled: bool = False) -> dict[str, tuple[dict, dict]]:
         "5B checkpointing, nf4": wan("5B", tiny, dtype="nf4", **checked),
         "5B checkpointing, nf4, offload": wan("5B", tiny, offload=30, dtype="nf4", **checked),
         "5B checkpointing, offload": wan("5B", tiny, offload=30, **checked),
+        "5B checkpointing, its inputs away": wan("5B", tiny, checkpoint_offload=True, **checked),
         "5B checkpointing, float8, offload": wan("5B", tiny, offload=30, dtype="float8", **checked),
         "VideoMMDiT-L": mmdit(tiny, 2),
         "VideoMMDiT-L checkpointing": mmdit(tiny, 2, **checked),
@@ -128,35 +131,51 @@ def planned(case: tuple[dict, dict]) -> dict:
     return asdict(found) | {"total": found.total}
 
 
-def measured(case: tuple[dict, dict]) -> dict:
-    (config, sizes), device = parts(case), torch.device("cuda", 0)
-    kernels.check_device(device)
+def stepping(
+    case: tuple[dict, dict], device: torch.device
+) -> tuple[ExperimentConfig, TrainState, Callable[[], float]]:
+    """Return the case's config and state, and what takes one step by the trainer's own code and
+    returns its loss."""
+    config, sizes = parts(case)
     shape = latent_shape(config)
     spec = LatentSpec(shape[-1], config.tokenizer.latent_f, temporal=config.tokenizer.temporal)
     learner = build_learner(config, spec, lambda run, *_: random_denoiser(sizes, run.model, device))
     move_to_device(learner, config.train.offload_blocks, device)
-    learner.train()
-    state = TrainState.create(learner, config.train, config.ema)
+    state = TrainState.create(learner.train(), config.train, config.ema)
     trainer = Trainer(config.train, 0, state, None, World(device=device), Path("none"), None)
     caption = " ".join(f"w{i}" for i in range(config.text_encoder.max_length))
     batch = Batch(
         torch.randn(shape).half(), [caption] * shape[0], ["a"] * shape[0], torch.arange(shape[0])
     )
+
+    def step() -> float:
+        window = Window(device)
+        trainer.optimizer_step(learner, [batch], config.train.lr, window)
+        state.step += 1
+        if state.ema:
+            state.ema.update(state.step)
+        return window.taken[-1].losses.mean().item()
+
+    return config, state, step
+
+
+def measured(case: tuple[dict, dict]) -> dict:
+    device = torch.device("cuda", 0)
+    kernels.check_device(device)
+    config, state, step = stepping(case, device)
+    learner = state.learner
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     result = {"at_rest": torch.cuda.memory_allocated()}
     if config.train.compiles("cuda"):
         learner.compile_model()
-    for state.step in range(2 + learner.compiled):
+    for number in range(2 + learner.compiled):
         torch.cuda.synchronize()
-        if learner.compiled and state.step == 1:
+        if learner.compiled and number == 1:
             torch.cuda.reset_peak_memory_stats()  # compiling takes memory of its own
         begin = time.perf_counter()
-        window = Window(device)
-        trainer.optimizer_step(learner, [batch], config.train.lr, window)
-        if state.ema:
-            state.ema.update(state.step + 1)
+        step()
         torch.cuda.synchronize()
         result["step_s"] = round(time.perf_counter() - begin, 3)
     return result | {

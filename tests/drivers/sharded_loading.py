@@ -63,7 +63,9 @@ WAYS = {  # the type of the files, overrides, bytes of a weight in memory
 
 
 def make_base(folder: Path, config: WanConfig, dtype: torch.dtype) -> int:
-    """Write a random base in shards with their index; return the number of its weights."""
+    """Write a random base in shards with their index, its numbers drawn on a GPU where there is
+    one; return the number of its weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in WanDiT(config).named_parameters()}
@@ -79,7 +81,8 @@ def make_base(folder: Path, config: WanConfig, dtype: torch.dtype) -> int:
     for number, names in enumerate(files, 1):
         file = f"diffusion_pytorch_model-{number:05d}-of-{len(files):05d}.safetensors"
         places |= dict.fromkeys(names, file)
-        save_file({n: torch.randn(shapes[n], dtype=dtype) * 0.02 for n in names}, folder / file)
+        drawn = {n: torch.randn(shapes[n], dtype=dtype, device=device) * 0.02 for n in names}
+        save_file(drawn, folder / file)
     index = folder / f"diffusion_pytorch_model{INDEX}"
     index.write_text(json.dumps({"weight_map": places}))
     return sum(map(math.prod, shapes.values()))

@@ -2,6 +2,7 @@
 into, and processes that outlive the server."""
 
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 pytest.importorskip("starlette")
 from mmdit.config import ConfigError, FilePath, load
@@ -25,7 +27,7 @@ from mmdit.ui import job_files
 from mmdit.ui.allowed_folders import PATH_KEYS, AllowedFolders
 from mmdit.ui.command_forms import NO_PATHS, options_of, takes, words_of
 from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_types
-from mmdit.ui.job_files import Job, JobStore
+from mmdit.ui.job_files import Job, JobStore, as_shown
 from mmdit.ui.job_requests import JobRequest
 from mmdit.ui.job_runner import Runner
 from mmdit.ui.processes import identity, is_alive, terminate
@@ -41,6 +43,21 @@ SHELL = "a star; touch pwned $(touch pwned) `touch pwned` | touch pwned\n--out=/
 def in_a_folder(tmp_path, monkeypatch):
     """The working directory is the folder around the runs, as a person would have it."""
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_log_is_what_a_terminal_shows_of_bars_within_bars():
+    """`mmdit sample` has a bar of steps below that of samples: each of its states was a line."""
+    written = io.StringIO()
+    with tqdm(total=2, desc="sampling", file=written, mininterval=0) as bar:
+        for _ in range(2):
+            for _ in tqdm(range(9), "a batch", leave=False, file=written, mininterval=0):
+                pass
+            halfway = written.getvalue()
+            bar.update()
+    shown = as_shown(f"begun\r\n{written.getvalue()}\x1b[31mred\x1b[0m\n").split("\n")
+    assert [line[:14] for line in shown] == ["begun", "sampling: 100%", "red", ""]
+    assert as_shown(halfway).split("\n")[0].startswith("sampling:  50%")
+    assert as_shown("a  10%\ra  20%\ra 100%\nb\n") == "a 100%\nb\n"
 
 
 # ── forms of configurations ──

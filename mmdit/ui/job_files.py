@@ -28,6 +28,9 @@ STOPPED = (0, 130, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of who w
 RUNNER = (sys.executable, "-m", "mmdit.ui.job_runner")
 START_SECONDS = 30  # in which a runner must have said that it is there
 LOG_BYTES = 1 << 16
+UP = "\x1b[A"  # moves the cursor up by a line
+MOVES = re.compile(r"(\r|\n|\x1b\[A)")
+OTHER_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 LATEST = 1e11  # seconds: a later time is no time of a clock
 # What a job must not inherit: the token is for people.
 SECRETS = ("MMDIT_UI_TOKEN",)
@@ -213,14 +216,15 @@ class JobStore:
         return JobState("failed", self.last_error(job.id) or f"exit code {code}")
 
     def log(self, job: str) -> str:
-        """Return the end of what a job printed; of a progress bar its last state."""
+        """Return the end of what a job printed, as a terminal shows it: of a progress bar its last
+        state."""
         try:
             with (self.path(job) / "log.txt").open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""
-        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        return as_shown(text)
 
     def last_error(self, job: str) -> str:
         """Return the line of the log that says what went wrong."""
@@ -241,6 +245,24 @@ class JobStore:
         """Return the newest job that trains into each run folder, with what has become of it."""
         newest = {Path(job.run): job for job in self.jobs() if job.run}
         return {run: (job.id, self.state(job)) for run, job in newest.items()}
+
+
+def as_shown(text: str) -> str:
+    """Return what a terminal shows of `text`: a line that is begun anew replaces what it was, and a
+    bar below another (tqdm) goes down to its line and up again. Colours are left out."""
+    rows, row, begun = [""], 0, False
+    for part in MOVES.split(text):
+        if part == "\n":
+            row, begun = row + 1, False
+            if row == len(rows):
+                rows.append("")
+        elif part == UP:
+            row, begun = max(0, row - 1), False
+        elif part == "\r":
+            begun = False
+        elif part:
+            rows[row], begun = (rows[row] if begun else "") + part, True
+    return "\n".join(OTHER_CODES.sub("", line).rstrip() for line in rows)
 
 
 def read_status(folder: Path) -> dict:

@@ -69,9 +69,15 @@ class Path(ABC):
 
     def determinant(self, prediction: Prediction, t: Time) -> Tensor:
         """Return the determinant of the two equations (x_t, prediction) in (clean, noise)."""
+        return self._equations(prediction, t)[-1]
+
+    def _equations(
+        self, prediction: Prediction, t: Time
+    ) -> tuple[Coefficients, Coefficients, Tensor]:
+        """Return `(alpha, sigma)` and `(a, b)` of the two equations, and their determinant."""
         alpha, sigma = self.alpha_sigma(t)
         a, b = self.mixture(prediction, t)
-        return b * alpha - a * sigma
+        return (alpha, sigma), (a, b), b * alpha - a * sigma
 
     def gain(self, source: Prediction, target: Prediction, t: Time) -> Tensor:
         """Return the factor by which an error of a `source` prediction grows in the `target` that
@@ -91,9 +97,7 @@ class Path(ABC):
         infinite where alpha = 0."""
         if prediction == "x0":
             return value
-        _, sigma = self.alpha_sigma(t)
-        _, b = self.mixture(prediction, t)
-        determinant = self.determinant(prediction, t)
+        (_, sigma), (_, b), determinant = self._equations(prediction, t)
         return _weighted((b / determinant, -sigma / determinant), x, value)
 
     def to_noise(self, prediction: Prediction, value: Tensor, x: Tensor, t: Time) -> Tensor:
@@ -101,9 +105,7 @@ class Path(ABC):
         where sigma = 0."""
         if prediction == "eps":
             return value
-        alpha, _ = self.alpha_sigma(t)
-        a, _ = self.mixture(prediction, t)
-        determinant = self.determinant(prediction, t)
+        (alpha, _), (a, _), determinant = self._equations(prediction, t)
         return _weighted((-a / determinant, alpha / determinant), x, value)
 
 

@@ -6,7 +6,7 @@ from tests.helpers.tiny import Workshop
 
 SECTION = """
 posttrain:
-  prompt_count: 64
+  prompt_count: 8
   prompts_per_epoch: 2
   group_size: 2
   micro_batch: 2

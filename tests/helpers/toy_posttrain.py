@@ -159,6 +159,7 @@ def session(
     train: dict | None = None,
     seed: int = 0,
     frames: int = 1,
+    evaluated: int = 512,
     **changes,
 ) -> Session:
     rollout = {"steps": 10, "shift": 3.0} | changes.pop("rollout", {})
@@ -195,7 +196,7 @@ def session(
         save(run_dir / "best" if best else run_dir, meta, files, int(best))
 
     prompts = Prompts([f"class {i % 4} number {i}" for i in range(64)])
-    evaluated = {"seen": Prompts([f"class {i % 4}" for i in range(512)])}
+    seen = {"seen": Prompts([f"class {i % 4}" for i in range(evaluated)])}
     return Session(
         config=config,
         train=options,
@@ -203,7 +204,7 @@ def session(
         state=state,
         tokenizer=Glass(),
         prompts=prompts,
-        evaluated=evaluated,
+        evaluated=seen,
         width=4,
         height=4,
         frames=frames,

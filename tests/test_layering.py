@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Return all nodes of the syntax tree of a file."""
+    return list(ast.walk(tree_of(path)))
+
+
 def part_of(path: Path) -> str | None:
     parts = path.relative_to(ROOT / "mmdit").with_suffix("").parts
     return None if parts == ("__init__",) else parts[0]
@@ -40,7 +47,7 @@ def part_of(path: Path) -> str | None:
 def imports(path: Path):
     """(line, imported mmdit part) for every import in the file, relative ones included."""
     package = list(path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -78,9 +85,9 @@ def test_the_tokenizer_network_stands_alone(path):
     assert not list(imports(path))
 
 
-def statements(tree: ast.AST) -> int:
-    """Return how many statements a syntax tree holds, those of inner blocks included."""
-    return sum(isinstance(node, ast.stmt) for node in ast.walk(tree))
+def counted(nodes: Iterable[ast.AST]) -> int:
+    """Return how many statements there are, those of inner blocks included."""
+    return sum(isinstance(node, ast.stmt) for node in nodes)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +96,11 @@ def statements(tree: ast.AST) -> int:
 def test_modules_and_functions_hold_few_statements(path):
     """A limit of statements, not of lines: a limit of lines rewards packing several thoughts into
     one."""
-    tree = tree_of(path)
-    assert statements(tree) <= (70 if path.parent.name == "scripts" else 320)
-    for node in ast.walk(tree):
+    nodes = nodes_of(path)
+    assert counted(nodes) <= (70 if path.parent.name == "scripts" else 320)
+    for node in nodes:
         if isinstance(node, ast.FunctionDef):
-            assert statements(node) <= 66, (
+            assert counted(ast.walk(node)) <= 66, (
                 f"{path}:{node.lineno}: {node.name} is too long to be read at once"
             )
 
@@ -182,7 +189,7 @@ def missing_names(text: str) -> list[str]:
 
 def docstrings(path: Path) -> str:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, documented)]
+    nodes = [node for node in nodes_of(path) if isinstance(node, documented)]
     return "\n".join(ast.get_docstring(node) or "" for node in nodes)
 
 

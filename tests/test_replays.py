@@ -57,10 +57,10 @@ def without_compiler(monkeypatch) -> None:
 def trained(
     workshop: Workshop, monkeypatch, name: str, replayed: bool, *words: str
 ) -> dict[str, torch.Tensor]:
-    """Weights, averages and moments after six steps."""
+    """Weights, averages and moments after four steps."""
     without_compiler(monkeypatch)
     folder = workshop.train(
-        name, "train.compile=true", f"train.replays={replayed}", "train.max_steps=6", *words
+        name, "train.compile=true", f"train.replays={replayed}", "train.max_steps=4", *words
     )
     return trained_tensors(folder)
 

@@ -58,6 +58,13 @@ def run(tmp_path):
     return make
 
 
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Leave the drawing of curves to the tests whose fact they are: it takes most of a page's
+    time."""
+    monkeypatch.setattr(run_report, "curves_svg", lambda name, records: "")
+
+
 def page_of(folder) -> Page:
     out = folder.parent / "report.html"
     assert report.main([str(folder), "--out", str(out)]) == 0
@@ -92,7 +99,7 @@ def test_everything_is_inside_and_words_stay_words(run):
     assert "train.max_steps: 1000 → 300" in page.text
 
 
-def test_pictures_are_made_smaller_until_they_fit(run, monkeypatch):
+def test_pictures_are_made_smaller_until_they_fit(run, no_curves, monkeypatch):
     folder = run(range(1, 4))
     previews(folder, 9, 400)  # a WebP of such noise takes 150 kB
     monkeypatch.setattr(run_report, "MEDIA_BYTES", 200_000)
@@ -100,7 +107,7 @@ def test_pictures_are_made_smaller_until_they_fit(run, monkeypatch):
     assert len(sources) == 8 and 50_000 < sum(map(len, sources)) < 200_000 * 4 / 3 + 8 * 40
 
 
-def test_what_has_become_of_a_run(run, capsys):
+def test_what_has_become_of_a_run(run, no_curves, capsys):
     assert "finished" in page_of(run(range(1, 301))).text
     folder = run(range(1, 9))
     assert "stopped: it goes on with --resume" in page_of(folder).text
@@ -119,7 +126,7 @@ def test_what_has_become_of_a_run(run, capsys):
     refused(capsys, report.main, [folder / "checkpoints"], "there is no run")
 
 
-def test_a_training_leaves_what_a_report_tells(tmp_path, monkeypatch):
+def test_a_training_leaves_what_a_report_tells(tmp_path, no_curves, monkeypatch):
     shop = Workshop(tmp_path)
     folder = shop.train("base", "train.sample_every_steps=2")
     shop.train("base", "--resume", "train.max_steps=4")

@@ -132,9 +132,10 @@ def trained(
 
 
 def assert_same(a: TrainState, b: TrainState, tolerance=0.0):
+    other = b.learner.state_dict()
     for name, value in a.learner.state_dict().items():
         torch.testing.assert_close(
-            b.learner.state_dict()[name],
+            other[name],
             value,
             rtol=0,
             atol=tolerance,

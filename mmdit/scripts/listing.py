@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import shlex
+from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -31,6 +32,7 @@ def commands() -> dict[str, str]:
     return {SHORT.get(module, module.replace("_", "-")): module for module in modules}
 
 
+@cache
 def summary(module: str) -> str:
     """Return the first sentence of what a command says of itself, without importing it."""
     tree = ast.parse((SCRIPTS / f"{module}.py").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmdit.config import ConfigError, decode, in_one_line, load, parse_yaml
+from mmdit.config import ConfigError, decode, hints_of, in_one_line, load, parse_yaml
 from mmdit.experiment.config_keys import (
     comment,
     default,
@@ -62,7 +62,7 @@ def form_of(config: Any) -> SectionForm:
 def _section(cls: type, config: Any, path: str, about: str, **choice: Any) -> SectionForm:
     """Return the form of a section with the values of `config`; without, with the defaults."""
     form = SectionForm(path, about, **choice)
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     fields = {one.name: one for one in dataclasses.fields(cls)}
     for name in keys(cls):
         place = f"{path}.{name}".lstrip(".")

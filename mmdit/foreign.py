@@ -10,7 +10,28 @@ from pathlib import Path
 
 from mmdit.terminal import shown
 
+HEAD = 512  # bytes that tell what stands in for a file
 MOST_BYTES = 64 << 20  # the index of a model of a thousand shards has 5 MB
+
+
+def stand_in(head: bytes) -> str:
+    """Return what a clone or a download has left in place of a file, and what to do, by its first
+    bytes; "" where it is neither of these."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, which a failed download leaves; get the file again"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; get the file itself with git lfs pull"
+    return ""
+
+
+def refuse_stand_in(path: str | Path) -> None:
+    """Raise ValueError if a `stand_in` lies where a file should."""
+    what = ""
+    with contextlib.suppress(OSError), Path(path).open("rb") as file:  # who reads it says that
+        what = stand_in(file.read(HEAD))
+    if what:
+        raise ValueError(f"{path} is not the file itself: {what}")
 
 
 @contextlib.contextmanager
@@ -38,6 +59,7 @@ def read_json(path: str | Path, what: str, most_bytes: int = MOST_BYTES) -> dict
         size = path.stat().st_size
         if size > most_bytes:
             raise ValueError(f"{path} has {size} bytes, too many for {what}; at most {most_bytes}")
+        refuse_stand_in(path)
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdit.foreign import read_json
+from mmdit.foreign import read_json, refuse_stand_in
 
 SHOWN = 4  # names in a message
 PICKLES = (".pt", ".pth", ".bin")
@@ -93,6 +93,7 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self._loaded: dict[Path, dict[str, Tensor]] = {}
         for file in self.files:
+            refuse_stand_in(file)
             for name, shape, dtype in self._header(file):
                 if name in self.entries:
                     first = self.entries[name].file.name

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdit.config import ConfigError, encode, parse_yaml
+from mmdit.data.dataset.inputs import read_input
+from mmdit.data.dataset.pictures import load_image
+from mmdit.data.dataset.videos import probe
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.foreign import explain_errors, read_json
@@ -98,6 +101,36 @@ def test_an_index_that_names_no_shards_is_refused(tmp_path, index):
     (tmp_path / "m.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match="m.safetensors.index.json is no index of shards"):
         inspect_weights(tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 28000000000\n"
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [(POINTER, "a pointer of Git LFS; get .* git lfs pull"), ("<!DOCTYPE html>", "a web page")],
+)
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("x.safetensors", Checkpoint),
+        ("x.pth", Checkpoint),
+        ("x.safetensors", checkpoint.load_weights),
+        ("x.json", lambda path: read_json(path, "config")),
+        ("x.tar", lambda path: read_input(path, "image")),
+        ("x.parquet", lambda path: read_input(path, "image")),
+        ("x.mp4", lambda path: probe(str(path))),
+        ("x.png", load_image),
+    ],
+)
+def test_what_a_clone_or_a_download_leaves_in_place_of_a_file_is_named(
+    tmp_path, name, read, text, what
+):
+    if name.endswith((".mp4", ".parquet")):
+        pytest.importorskip("av" if name == "x.mp4" else "pyarrow")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=what):
+        read(tmp_path / name)
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):

@@ -34,6 +34,7 @@ import mmdit
 from mmdit.adapters import is_adapter
 from mmdit.config import decode
 from mmdit.files import Sum, flush_to_disk, read_text, refuse_link, remove
+from mmdit.foreign import refuse_stand_in
 from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
@@ -363,6 +364,7 @@ def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) 
     `ema.start_step` is past. `in_file`: tensors stay in their files until they are asked for."""
     path = find(path)
     if path.is_file():
+        refuse_stand_in(path)
         try:
             with safe_open(path, "pt") as handle:
                 metadata = handle.metadata() or {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from mmdit.files import open_regular
+from mmdit.foreign import HEAD, stand_in
 
 READ_AHEAD = 1 << 16  # bytes of a member that are read at once
 
@@ -29,8 +30,11 @@ class Archive:
 
     @staticmethod
     def of(path: str | Path) -> Archive:
-        """Look at a file. OSError: it is not there; ValueError: it is no regular file."""
+        """Look at a file. OSError: it is not there; ValueError: it is no regular file, or stands in
+        for one."""
         with open_regular(path, buffered=False) as file:
+            if what := stand_in(file.read(HEAD)):
+                raise ValueError(what)
             return Archive(str(path), *_state(os.fstat(file.fileno())))
 
     @property

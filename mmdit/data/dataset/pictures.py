@@ -24,6 +24,7 @@ from PIL import ExifTags, Image
 from mmdit.data.dataset.colours import MAX_PROFILE, PART, Coding, coding_of, stored_to_srgb, to_srgb
 from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.problems import Unusable
+from mmdit.foreign import stand_in
 
 # the version of what is done here and in `videos`: raised when pixels change, noted in manifests
 DECODING = 2
@@ -318,10 +319,8 @@ def what_it_is(head: bytes) -> str:
         return "it holds zeros only, or nothing; get the file again"
     if b"<svg" in text and text.startswith(b"<"):
         return "it is an SVG drawing; convert it to PNG"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "it is a web page, which a failed download leaves; get the file again"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS; get the file itself with git lfs pull"
+    if what := stand_in(head):
+        return what
     for place, starts, name in FILE_TYPES:
         if head[place:].startswith(starts):
             remedy = "" if "(" in name else "; convert it to JPEG or PNG"

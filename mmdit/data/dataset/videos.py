@@ -24,6 +24,7 @@ from mmdit.data.dataset.colours import BT2020, Coding, coding_of, stored_to_srgb
 from mmdit.data.dataset.members import Source, VideoSpan, open_source
 from mmdit.data.dataset.pictures import BACKGROUND
 from mmdit.data.dataset.problems import Unusable
+from mmdit.foreign import HEAD, stand_in
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".mpg", ".mpeg", ".m2ts"}
 VIDEO_SUFFIXES |= {".wmv", ".flv", ".3gp", ".ogv"}  # .ts and .mts are program text as often
@@ -120,9 +121,10 @@ def _opened(path: Source):
     except FileNotFoundError:
         raise
     except (av.error.FFmpegError, EOFError) as error:
-        raise Unusable(
-            "unreadable video", getattr(error, "strerror", None) or type(error).__name__
-        ) from None
+        with open_source(path) as file:
+            what = stand_in(file.read(HEAD))
+        why = what or getattr(error, "strerror", None) or type(error).__name__
+        raise Unusable("unreadable video", why) from None
 
 
 @contextmanager

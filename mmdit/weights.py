@@ -183,6 +183,17 @@ class Checkpoint:
                 )
 
 
+def header_of(file: Path, remedy: str = "") -> dict[str, str]:
+    """Return what the header of a safetensors file says beside its tensors. ValueError: it cannot
+    be read; `remedy` ends the message."""
+    refuse_stand_in(file)
+    try:
+        with safe_open(file, "pt") as handle:
+            return handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}{remedy}") from None
+
+
 def _files(path: Path) -> list[Path]:
     """Return the files that a checkpoint consists of."""
     if path.is_file():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmdit.adapters.layers import Adapter, DoRALinear, adapter_type
@@ -18,7 +17,7 @@ from mmdit.adapters.lora import near
 from mmdit.interfaces import Denoiser
 from mmdit.interop.lora_names import FORMATS, Key, foreign_names, parse, unread_type
 from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
-from mmdit.weights import Checkpoint, check_numbers
+from mmdit.weights import Checkpoint, check_numbers, header_of
 
 # in a header: the lengths of DoRA are over the base (`LoRAFormat.lengths_over_base`)
 OVER_BASE = "mmdit_dora_scale"
@@ -198,10 +197,7 @@ def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Pa
 
 def _marked(file: Path) -> bool:
     """Return whether `OVER_BASE` is in the header of a file."""
-    if file.suffix != ".safetensors":
-        return False
-    with safe_open(file, "pt") as handle:
-        return OVER_BASE in (handle.metadata() or {})
+    return file.suffix == ".safetensors" and OVER_BASE in header_of(file)
 
 
 def _alpha(name: str, tensor: Tensor, path: Path) -> float:

@@ -10,11 +10,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
 from mmdit.adapters.layers import Adapter, DoRALinear
 from mmdit.foreign import read_json
-from mmdit.weights import Checkpoint
+from mmdit.weights import Checkpoint, header_of
 
 HEADER = "lora_adapter_metadata"  # of Diffusers
 CONFIG = "adapter_config.json"  # of PEFT
@@ -186,8 +184,7 @@ def settings_of(stored: Checkpoint, expert: str | None) -> Settings:
 def _in_header(file: Path, source: str) -> dict:
     if file.suffix != ".safetensors":
         return {}
-    with safe_open(file, "pt") as handle:
-        text = (handle.metadata() or {}).get(HEADER)
+    text = header_of(file).get(HEADER)
     try:
         values = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:

@@ -27,20 +27,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 import mmdit
 from mmdit.adapters import is_adapter
 from mmdit.config import decode
 from mmdit.files import Sum, flush_to_disk, read_text, refuse_link, remove
-from mmdit.foreign import refuse_stand_in
 from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Chosen, Stored, is_sharded, local, own_rows, place, write
-from mmdit.weights import bytes_of, check_numbers
+from mmdit.weights import bytes_of, check_numbers, header_of
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
@@ -364,16 +363,9 @@ def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) 
     `ema.start_step` is past. `in_file`: tensors stay in their files until they are asked for."""
     path = find(path)
     if path.is_file():
-        refuse_stand_in(path)
-        try:
-            with safe_open(path, "pt") as handle:
-                metadata = handle.metadata() or {}
-                text = metadata.get("mmdit")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors: {error}; give a run folder, a checkpoint"
-                " folder or an exported .safetensors file"
-            ) from None
+        remedy = "; give a run folder, a checkpoint folder or an exported .safetensors file"
+        metadata = header_of(path, remedy)
+        text = metadata.get("mmdit")
         if text is None and (path.parent / META).is_file():
             raise ValueError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
         if text is None:

@@ -74,6 +74,9 @@ def test_outside_the_interval_text_is_followed_unguided():
     assert not torch.allclose(inside(X, 0.5), plain(X, 0.5))
     t = torch.tensor([0.1, 0.5])  # each sample its own time
     assert torch.allclose(limited(X, t), torch.cat([plain(X, t)[:1], inside(X, t)[1:]]))
+    for dtype in (torch.float32, torch.float64):  # both ends are inside
+        ends = torch.tensor([0.2, 0.7], dtype=dtype)
+        assert torch.allclose(limited(X, ends), inside(X, ends))
 
 
 def test_unconditional_scale_outside_its_interval_is_conditional():

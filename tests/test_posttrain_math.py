@@ -383,6 +383,20 @@ def test_the_clip_stops_the_two_sides_that_it_should():
         assert bool(log_ratio.grad.any()) == moves
 
 
+def test_the_guard_is_the_plain_ratio_without_its_drift_in_units_of_the_noise():
+    y, old, new = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)) + 2
+    for norm in ("mean", "sqrt_dim", "sum"):
+        plain = dynamics.log_ratio(y, old, new, 0.3, norm)
+        drift = dynamics._normed(dynamics.mean_d((new - old).square()) / (2 * 0.3**2), y, norm)
+        guard = dynamics.guard_log_ratio(y, old, new, 0.3, norm)
+        torch.testing.assert_close(guard, 0.3 * (plain + drift))
+
+
+def test_the_mean_of_a_step_is_linear_in_state_and_velocity():
+    step = dynamics.Step(0.5, -0.25, 0.1)
+    assert step.mean(torch.tensor(4.0), torch.tensor(8.0)) == 0.5 * 4 - 0.25 * 8
+
+
 def test_the_guard_is_centred_and_the_plain_ratio_is_not():
     old, std = torch.zeros(800, 48), 0.4
     new = old + 0.05 * torch.randn(48)

@@ -366,6 +366,9 @@ def test_patterns_and_folders(tmp_path):
         assert names(f"{apart.name}/{pattern}") == ["a-0.tar", "a-1.tar"]
     with pytest.raises(ValueError, match="1 of the 2 files .* are missing, .*a-2.tar"):
         names(f"{apart.name}/a-{{1..2}}.tar")
+    for address in ("https://x.org/a.tar", "hf://datasets/x/y/*.parquet", "s3://b/{00..09}.tar"):
+        with pytest.raises(ValueError, match="is an address: download what is there"):
+            input_files(address, "image")
     for pattern in ("{a,../b}.tar", "{..,a}/x.tar", "{0..9999999}.tar", "{0..999}{0..999}.tar"):
         with pytest.raises(ValueError, match="list like|more than 100000"):
             names(pattern)

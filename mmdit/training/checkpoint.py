@@ -414,7 +414,7 @@ def _of_folder(path: Path, folder: Path | None, use_ema: bool, in_file: bool) ->
     if folder is None:
         raise ValueError(
             f"no checkpoint at {path}: expected a run folder with checkpoints/step_*, a checkpoint"
-            " folder, or a file"
+            " folder, or a file (mmdit pull fetches a model of the hub)"
         )
     meta = Meta.read(folder)
     files = [Stored(folder / "model.safetensors")]

@@ -48,6 +48,8 @@ def input_files(path: str | Path, media: Media, split: str | None = None) -> lis
     other kinds; a pattern with `*` or `{000..127}`. `split`: of a folder; None is train, if its
     files have splits. ValueError: there are none, or some are missing."""
     text = os.path.expanduser(str(path))
+    if re.match(r"[a-z0-9]{2,}:/", text):  # Path has joined the two slashes
+        raise ValueError(f"{path} is an address: download what is there, and name that")
     if os.path.isdir(text):
         return _files_in(Path(text), media, split)
     if os.path.exists(text) or not re.search(r"[*?\[{]", text):

@@ -738,7 +738,6 @@ CLIPS = ["video.num_frames=4", "model.temporal_position=false"]
         (["train.val_share=0.2"], "train.val_share", "val_every_steps is 0"),
         ([*CLIPS, "model.joint_position=true"], "model.joint_position", "have no number"),
         (["model.checkpoint_every=2"], "model.checkpoint_every", "checkpointing is false"),
-        (["model.checkpoint_offload=true"], "model.checkpoint_offload", "checkpointing is false"),
         (["model.augmentation=0.2"], "model.augmentation", "conditioning is none"),
         (["lora.rank=4", "lora.alpha=2"], "lora.rank, lora.alpha", "lora.enabled is false"),
         (

@@ -383,7 +383,7 @@ def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
     """Return a loaded network as `settings` ask for it; in place."""
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
-    model.checkpoint_offload = settings.checkpoint_offload
+    model.offload_activations = settings.offload_activations
     if settings.dtype in ENCODINGS:
         model.encoding = settings.dtype
         store(model.blocks, settings.dtype, settings.products == "float8")

@@ -20,6 +20,7 @@ from mmdit.config import ConfigError
 from mmdit.interfaces import Conditioning, Denoiser, ModelSection, TextTokens
 from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn import kernels
+from mmdit.nn.activations import Activations, checkpointing_options, recompute
 from mmdit.nn.attention import CrossAttention, SpatialAttention, TemporalAttention
 from mmdit.nn.conditioning import (
     CropEmbedding,
@@ -35,7 +36,6 @@ from mmdit.nn.feedforward import GELU, SwiGLU
 from mmdit.nn.norm import Modulation, add_gated, add_norm, no_change, upcast, working_dtype
 from mmdit.nn.position import FourierPosition, FramePosition, JointPosition
 from mmdit.nn.products import Float8Linear
-from mmdit.nn.recomputing import Recomputing, checkpointing_options, recompute
 from mmdit.nn.tiles import Frames, frame_tables
 from mmdit.nn.window import (
     Pattern,
@@ -121,9 +121,9 @@ class VideoMMDiTConfig(ModelSection):
     checkpointing: bool = False
     # With `checkpointing`, recompute every n-th block only: 2 saves half as much.
     checkpoint_every: int = 1
-    # With `checkpointing`, keep what recomputed blocks start from in the memory of the CPU; it
-    # comes back to the GPU while the block behind it computes.
-    checkpoint_offload: bool = False
+    # Keep what blocks leave to the backward pass (with `checkpointing` their inputs) in the memory
+    # of the CPU; it comes back to the GPU while the block behind it computes.
+    offload_activations: bool = False
 
     def __post_init__(self):
         for name, standard in zip(("dim", "depth", "num_heads"), SIZES[self.size or "S"]):
@@ -184,11 +184,7 @@ class VideoMMDiTConfig(ModelSection):
 
     def without_part(self) -> dict[str, tuple[str, ...]]:
         rows = (
-            (
-                self.checkpointing,
-                "model.checkpointing is false",
-                ("checkpoint_every", "checkpoint_offload"),
-            ),
+            (self.checkpointing, "model.checkpointing is false", ("checkpoint_every",)),
             (
                 self.temporal_position,
                 "model.temporal_position is false: frames have no number",
@@ -199,7 +195,7 @@ class VideoMMDiTConfig(ModelSection):
         return {reason: keys for has_part, reason, keys in rows if not has_part}
 
     def memory_options(self, frozen: bool) -> list[str]:
-        return checkpointing_options(self.checkpointing, self.checkpoint_offload)
+        return checkpointing_options(self.checkpointing, self.offload_activations)
 
     def pattern(self, block: int) -> Pattern:
         """Return what the attention in space of the block number `block` sees."""
@@ -326,7 +322,9 @@ class VideoMMDiT(Denoiser):
     def can_be_captured(self, training: bool) -> bool:
         if self.context is not None:  # a replay would not wait for the other processes
             return False
-        return not (training and (self.config.checkpointing or self.config.dropout))
+        return not training or not (
+            self.config.checkpointing or self.config.offload_activations or self.config.dropout
+        )
 
     def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> Share | None:
         """Return the part of this process in a clip; None: it computes everything, as it does where
@@ -460,7 +458,7 @@ class VideoMMDiT(Denoiser):
         table = (self.config.head_dim, x.device, exact)
         layouts = {pattern: place_tables(grid, pattern, *table) for pattern in self.config.spatial}
 
-        recomputing = Recomputing(self.config)
+        activations = Activations(self.config)
 
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
             step = self.config.frame_step if self.config.temporal_position else None
@@ -480,12 +478,12 @@ class VideoMMDiT(Denoiser):
                     layouts[self.config.pattern(index)],
                     frames,
                 )
-                if recomputing.applies(index):
-                    with recomputing.inputs(x):
+                with activations.of_block(block, x):
+                    if activations.recomputed(index):
                         x = add_gated(x, change, gate)
                         x, change, gate = recompute(block, x, None, None, *rest)
-                else:
-                    x, change, gate = block(x, change, gate, *rest)
+                    else:
+                        x, change, gate = block(x, change, gate, *rest)
             return x, change, gate
 
         if keep is None:

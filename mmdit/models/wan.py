@@ -31,10 +31,10 @@ from torch.utils.checkpoint import (
 
 from mmdit.interfaces import Denoiser, Picture
 from mmdit.models.wan_names import diffusers_name
+from mmdit.nn.activations import Activations, recompute
 from mmdit.nn.attention import HeadedAttention, attend
 from mmdit.nn.context_parallel import Share
 from mmdit.nn.norm import upcast, working_dtype
-from mmdit.nn.recomputing import Recomputing, recompute
 
 PATCH = (1, 2, 2)
 TI2V_CHANNELS = 48  # of the latents of the one model that takes a given first frame as it is
@@ -320,7 +320,7 @@ class WanDiT(Denoiser):
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of
     text padding (exact). `checkpointing`: recompute blocks in the backward pass, every
-    `checkpoint_every`-th of them, from inputs that `checkpoint_offload` keeps on the CPU.
+    `checkpoint_every`-th of them. `offload_activations`: keep what they leave to it on the CPU.
     `residual`: what the stream between blocks is kept in, float32 as in the official code, or
     autocast's type as in Diffusers (half the traffic).
     """
@@ -348,13 +348,13 @@ class WanDiT(Denoiser):
         collapse_padding: bool = True,
         checkpointing: bool = False,
         checkpoint_every: int = 1,
-        checkpoint_offload: bool = False,
+        offload_activations: bool = False,
         residual: Residual = "float32",
     ):
         super().__init__()
         self.config, self.collapse_padding, self.residual = config, collapse_padding, residual
         self.checkpointing, self.checkpoint_every = checkpointing, checkpoint_every
-        self.checkpoint_offload = checkpoint_offload
+        self.offload_activations = offload_activations
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(
@@ -460,14 +460,12 @@ class WanDiT(Denoiser):
             tokens, where = share.cut(tokens, 1), None if where is None else share.cut(where, 1)
             cosine, sine = share.cut(cosine, 0), share.cut(sine, 0)
         tokens = tokens.to(working_dtype(text)) if self.residual == "autocast" else tokens
-        recomputing = Recomputing(self)
+        activations = Activations(self)
         for index, block in enumerate(self.blocks):
             arguments = (tokens, time, where, (cosine, sine), text, bias, image, share)
-            if recomputing.applies(index):
-                with recomputing.inputs(tokens):
-                    tokens = recompute(block, *arguments)
-            else:
-                tokens = block(*arguments)
+            with activations.of_block(block, tokens):
+                again = activations.recomputed(index)
+                tokens = recompute(block, *arguments) if again else block(*arguments)
         with torch.autocast(device, enabled=False):
             tokens = self.head(tokens, embedded, where)
         tokens = tokens if share is None else share.gather(tokens, 1)

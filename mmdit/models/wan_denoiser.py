@@ -16,8 +16,8 @@ from mmdit.config import ConfigError, FilePath
 from mmdit.interfaces import ModelSection, TextTokens
 from mmdit.models.wan import PATCH, Residual, WanDiT
 from mmdit.nn import kernels
+from mmdit.nn.activations import checkpointing_options
 from mmdit.nn.encodings import ENCODINGS
-from mmdit.nn.recomputing import checkpointing_options
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class WanModelConfig(ModelSection):
     checkpointing: bool = False
     # With `checkpointing`, recompute every n-th block only.
     checkpoint_every: int = 1
-    # With `checkpointing`, keep what recomputed blocks start from in the memory of the CPU; it
-    # comes back to the GPU while the block behind it computes.
-    checkpoint_offload: bool = False
+    # Keep what blocks leave to the backward pass (with `checkpointing` their inputs) in the memory
+    # of the CPU; it comes back to the GPU while the block behind it computes.
+    offload_activations: bool = False
     # Train the text encoder alone.
     freeze: bool = False
 
@@ -93,8 +93,7 @@ class WanModelConfig(ModelSection):
         return True
 
     def without_part(self) -> dict[str, tuple[str, ...]]:
-        keys = ("checkpoint_every", "checkpoint_offload")
-        return {} if self.checkpointing else {"model.checkpointing is false": keys}
+        return {} if self.checkpointing else {"model.checkpointing is false": ("checkpoint_every",)}
 
     def check(self, run: Any) -> None:
         """Refuse what a Wan transformer was not made for, and what its trainer cannot do."""
@@ -147,7 +146,7 @@ class WanModelConfig(ModelSection):
         options = []
         if frozen and self.dtype == "float32":
             options.append("model.dtype=bfloat16")
-        options += checkpointing_options(self.checkpointing, self.checkpoint_offload)
+        options += checkpointing_options(self.checkpointing, self.offload_activations)
         if frozen and self.dtype not in ENCODINGS:
             options.append("model.dtype=float8")
         return options

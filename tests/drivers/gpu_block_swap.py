@@ -34,7 +34,7 @@ from mmdit.nn import kernels
 from tests.drivers.gpu_memory_plan import stepping, wan
 
 RANK = 32
-SENT = {"checkpointing": True, "checkpoint_offload": True, "residual": "autocast"}
+SENT = {"checkpointing": True, "offload_activations": True, "residual": "autocast"}
 OURS = {
     "ours, bfloat16, 40 blocks away": (40, {}),
     "ours, float8, 40 blocks away": (40, {"dtype": "float8"}),

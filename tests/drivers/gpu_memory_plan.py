@@ -106,7 +106,7 @@ def cases(tiny: bool, compiled: bool = False) -> dict[str, tuple[dict, dict]]:
         "5B checkpointing, nf4": wan("5B", tiny, dtype="nf4", **checked),
         "5B checkpointing, nf4, offload": wan("5B", tiny, offload=30, dtype="nf4", **checked),
         "5B checkpointing, offload": wan("5B", tiny, offload=30, **checked),
-        "5B checkpointing, its inputs away": wan("5B", tiny, checkpoint_offload=True, **checked),
+        "5B checkpointing, its inputs away": wan("5B", tiny, offload_activations=True, **checked),
         "5B checkpointing, float8, offload": wan("5B", tiny, offload=30, dtype="float8", **checked),
         "VideoMMDiT-L": mmdit(tiny, 2),
         "VideoMMDiT-L checkpointing": mmdit(tiny, 2, **checked),

@@ -38,7 +38,7 @@ from mmdit.interop.wan_weights import prepare
 from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
-from mmdit.nn import kernels, recomputing
+from mmdit.nn import activations, kernels
 from mmdit.nn.stored_weights import parts_of
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
@@ -196,9 +196,9 @@ def without_memory():
             patch(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
             for name, path in kernels.MODULES.items():
                 patch(kernels, name, importlib.import_module(path))
-        patch(recomputing, "leaves", lambda x: True)
-        patch(recomputing, "host_memory", host_memory)
-        patch(recomputing, "channel", functools.cache(recomputing.Channel))
+        patch(activations, "leaves", lambda x: True)
+        patch(activations, "host_memory", host_memory)
+        patch(activations, "channel", functools.cache(activations.Channel))
         patch(torch, "unique", unique)
         patch(nn.functional, "rms_norm", rms_norm)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

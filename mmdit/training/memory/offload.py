@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError
-from mmdit.nn.recomputing import page_locked_bytes
+from mmdit.nn.activations import page_locked_bytes
 from mmdit.nn.stored_weights import Parts, StoredWeight, linear_layers, parts_of
 from mmdit.training.learner import Learner
 

@@ -1,0 +1,219 @@
+"""What blocks leave to the backward pass: kept, recomputed there, or kept in the memory of the
+CPU."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+class Settings(Protocol):
+    @property
+    def checkpointing(self) -> bool: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def offload_activations(self) -> bool: ...
+
+
+def recompute(block: nn.Module, *inputs: Any) -> Any:
+    """Return `block(*inputs)`, which is computed again in the backward pass; only the inputs are
+    kept for it."""
+    return checkpoint(block, *inputs, use_reentrant=False)
+
+
+class Activations:
+    """What the blocks of one forward pass leave to the backward pass. `recomputed(index)`: whether
+    a block leaves its inputs alone: every `checkpoint_every`-th one with `checkpointing`, where
+    gradients are wanted. `of_block(block, x)`: the context to call a block in, whose stream is `x`.
+    With `offload_activations` all that is kept in it and is as large as `x` goes to the memory of
+    the CPU while the next block computes, and comes back while the block behind it computes
+    backward: the same numbers, and no more than two blocks' of them on the device. `settings` have
+    these three, by their names.
+    """
+
+    def __init__(self, settings: Settings):
+        asked = settings.checkpointing and torch.is_grad_enabled()
+        self.every = settings.checkpoint_every if asked else 0
+        self.offload = settings.offload_activations and torch.is_grad_enabled()
+        self.newest: Sent | None = None
+
+    def recomputed(self, index: int) -> bool:
+        return self.every > 0 and index % self.every == 0
+
+    def of_block(self, block: nn.Module, x: Tensor) -> AbstractContextManager[object]:
+        if not self.offload or not leaves(x):
+            return nullcontext()
+        if self.newest is not None and self.newest.before is not None:
+            self.newest.before.let_go()
+        sent = self.newest = Sent(self.newest)
+        size, weights = x.numel(), {storage_of(weight) for weight in block.parameters()}
+
+        def send(kept: Tensor) -> Tensor | Away:
+            large = kept.numel() >= size and is_dense(kept) and storage_of(kept) not in weights
+            return sent.add(kept) if large else kept
+
+        return saved_tensors_hooks(send, lambda kept: kept.back() if type(kept) is Away else kept)
+
+
+def checkpointing_options(checkpointing: bool, offload: bool) -> list[str]:
+    """Return what is left to try where memory is short, as overrides of a config."""
+    options = [] if checkpointing else ["model.checkpointing=true"]
+    return options if offload else [*options, "model.offload_activations=true"]
+
+
+def leaves(x: Tensor) -> bool:
+    """Return whether the memory of `x` is scarce: that of a GPU."""
+    return x.is_cuda
+
+
+def storage_of(x: Tensor) -> int:
+    """Return what tensors that share their memory have in common."""
+    return x.untyped_storage()._cdata
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether `x` is the whole of its memory, in whatever order."""
+    return x.nbytes == x.untyped_storage().nbytes()
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    """Return whether two dense tensors are the same numbers in the same memory."""
+    layouts = ((z.shape, z.stride(), z.dtype, storage_of(z)) for z in (x, y))
+    return next(layouts) == next(layouts)
+
+
+def page_locked_bytes(size: int) -> int:
+    """Return what `size` bytes of page-locked memory take: torch has powers of two of it."""
+    return 1 << (size - 1).bit_length()
+
+
+def host_memory(size: int, pinned: bool) -> Tensor:
+    """Return `size` bytes of the memory of the CPU, page-locked ones if `pinned`."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+
+
+class Sent:
+    """What one block has sent away, as long as somebody wants it; `before`: the block before it,
+    whose tensors are wanted next."""
+
+    def __init__(self, before: Sent | None):
+        self.before = before
+        self.tensors: list[weakref.ref[Away]] = []
+        self.returning = False
+
+    def add(self, x: Tensor) -> Away:
+        """Send `x` away, once, however often it is kept."""
+        for away in self.wanted():
+            if away.leaving is not None and same(away.leaving, x):
+                away.uses += 1
+                return away
+        away = Away(x, self)
+        self.tensors.append(weakref.ref(away))
+        return away
+
+    def wanted(self) -> list[Away]:
+        tensors = (tensor() for tensor in self.tensors)
+        return [away for away in tensors if away is not None]
+
+    def let_go(self) -> None:
+        """Give up the tensors on the device, once they have been copied."""
+        for away in self.wanted():
+            away.let_go()
+
+    def come(self) -> None:
+        """Begin the way back, once, with what was sent last."""
+        if not self.returning:
+            self.returning = True
+            for away in reversed(self.wanted()):
+                away.come()
+
+
+class Away:
+    """The numbers of a dense tensor in the memory of the CPU. `uses`: how often a backward pass
+    asks for it.
+
+    `leaving` holds the tensor until the work that comes next on the device waits for the copy: so
+    its memory is used again in the order of that work, however far the CPU is ahead."""
+
+    def __init__(self, x: Tensor, sent: Sent):
+        self.layout, self.dtype, self.sent = (x.shape, x.stride()), x.dtype, sent
+        self.uses, self.given = 1, 0
+        self.channel = channel(x.device)
+        memory = self.channel.take(x.nbytes)
+        weakref.finalize(self, self.channel.give, memory)
+        self.numbers = memory[: x.nbytes].view(x.dtype).as_strided(*self.layout)
+        self.arriving: Tensor | None = None
+        self.leaving: Tensor | None = x
+        self.done = self.channel.copy(self.numbers, x)
+
+    def let_go(self) -> None:
+        self.channel.wait(self.done)
+        self.leaving = None
+
+    def come(self) -> None:
+        """Begin the way back, unless the tensor has not left yet."""
+        if self.leaving is None and self.arriving is None:
+            device = self.channel.device
+            self.arriving = torch.empty_strided(*self.layout, dtype=self.dtype, device=device)
+            self.done = self.channel.copy(self.arriving, self.numbers)
+
+    def back(self) -> Tensor:
+        """Return the tensor on its device again, and let those of the block before it come."""
+        self.sent.come()
+        self.come()
+        self.channel.wait(self.done)
+        here = self.leaving if self.arriving is None else self.arriving
+        assert here is not None
+        self.given += 1
+        if self.given % self.uses == 0:
+            self.leaving = self.arriving = None
+        if self.sent.before is not None:
+            self.sent.before.come()
+        return here
+
+
+class Channel:
+    """The way between a device and the memory of the CPU: a stream of its own, on which copies
+    follow one another, and memory that was given back, by size. All copies go through it, so memory
+    may be taken again as soon as it is given."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.free: dict[int, list[Tensor]] = {}
+
+    def take(self, size: int) -> Tensor:
+        """Return at least `size` bytes: all that page-locked memory of that size takes."""
+        size = page_locked_bytes(size)
+        unused = self.free.get(size)
+        return unused.pop() if unused else host_memory(size, self.stream is not None)
+
+    def give(self, memory: Tensor) -> None:
+        self.free.setdefault(len(memory), []).append(memory)
+
+    @torch.no_grad()
+    def copy(self, to: Tensor, what: Tensor) -> torch.cuda.Event | None:
+        """Copy behind what the device has been told to do; return what says that it is done."""
+        if self.stream is None:
+            to.copy_(what)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            to.copy_(what, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, done: torch.cuda.Event | None) -> None:
+        """Have what the device is told next wait for a copy."""
+        if done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)
+
+
+channel = cache(Channel)

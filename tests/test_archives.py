@@ -384,6 +384,17 @@ def test_a_folder_of_a_hub_gives_the_split_that_is_asked_for(tmp_path):
         input_files(tmp_path, "image", "val")
 
 
+def test_a_clone_of_a_hub_is_refused_with_the_folder_that_has_the_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").touch()
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=f"but {tmp_path}/data does: name that folder"):
+        input_files(tmp_path, "image")
+    assert input_files(tmp_path / "data", "image")
+    (tmp_path / "train_images.jsonl").touch()
+    assert input_files(tmp_path, "image") == [str(tmp_path / "train_images.jsonl")]
+
+
 def test_shards_that_are_named_by_their_split_are_not_mixed(tmp_path):
     for name in ("train-000.tar", "train-001.tar", "val-000.tar"):
         (tmp_path / name).write_bytes(b"")

@@ -84,6 +84,11 @@ def _files_in(folder: Path, media: Media, asked: str | None) -> list[str]:
     metadata = folder / f"{split}_{NAMES[media]}.jsonl"
     names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
     archives = sorted(name for name in names if name.endswith(ARCHIVES))
+    if not archives and not metadata.exists() and (inner := _folders_of_archives(folder)):
+        raise ValueError(
+            f"{folder} holds no {metadata.name} and no tar or parquet file, but"
+            f" {', '.join(inner[:5])} does: name that folder"
+        )
     if metadata.exists() or not archives:
         return [str(metadata)]
     is_hub = all(map(HUB_NAME.fullmatch, archives))
@@ -102,6 +107,17 @@ def _files_in(folder: Path, media: Media, asked: str | None) -> list[str]:
         )
     archives = chosen or archives
     return _of_one_kind([str(folder / name) for name in archives], str(folder))
+
+
+def _folders_of_archives(folder: Path) -> list[str]:
+    """Return the folders in `folder` that hold tars or parquet files, as a clone of a hub has
+    them."""
+    inner = []
+    for path in sorted(folder.iterdir()):
+        with contextlib.suppress(OSError):  # no folder, or one that nobody may look into
+            if any(name.endswith(ARCHIVES) for name in os.listdir(path)):
+                inner.append(str(path))
+    return inner
 
 
 def _split_of(name: str) -> str:

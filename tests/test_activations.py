@@ -155,6 +155,20 @@ def test_without_gradients_and_on_a_cpu_nothing_leaves(late, monkeypatch):
     assert passed.recomputed(0) and passed.newest is None and not late.taken
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_compiled_blocks_leave_theirs_too(late, checkpointing):
+    torch._dynamo.reset()
+    model = adapted(checkpointing=checkpointing)
+    for block in model.blocks:
+        block.compile(dynamic=False, backend="aot_eager")
+    plain = passes(model, autocast=True)
+    model.offload_activations = True
+    assert all(map(torch.equal, passes(model, autocast=True), plain))
+    blocks = len(model.blocks)
+    assert len(late.taken) == blocks if checkpointing else len(late.taken) > 5 * blocks
+
+
 @pytest.mark.parametrize("encoding", [None, "nf4"])
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_wan_has_the_same_gradients_with_activations_on_the_cpu(late, every, encoding):

@@ -61,6 +61,7 @@ class Way:
     residual: str = "float32"
     compiled: bool = True
     collapse: bool = True
+    offload: bool = False
 
 
 WAYS = [  # the likely best first, what is compiled anew last; None: the peer
@@ -69,6 +70,14 @@ WAYS = [  # the likely best first, what is compiled anew last; None: the peer
     None,
     Way("checkpointing", checkpointing=True),
     Way("plain, bf16 stream", residual="autocast"),
+    Way("bf16 stream, activations on the CPU", residual="autocast", offload=True),
+    Way(
+        "bf16 stream, every second block, activations on the CPU",
+        checkpointing=True,
+        every=2,
+        residual="autocast",
+        offload=True,
+    ),
     Way("every second block", checkpointing=True, every=2),
     Way("plain, padding not collapsed", collapse=False),
     Way("checkpointing, not compiled", checkpointing=True, compiled=False),
@@ -236,7 +245,7 @@ class Bench:
             way.every,
             way.residual,
         )
-        model.collapse_padding = way.collapse
+        model.collapse_padding, model.offload_activations = way.collapse, way.offload
         for block in model.blocks:
             block._compiled_call_impl = None
             if way.compiled:

@@ -247,6 +247,10 @@ def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     ConfigError messages begin with `file:line`."""
     path = find(path)
+    if path.is_dir():
+        raise ConfigError(
+            "", f"the config {path} is a folder: name a YAML file, such as its own config.yaml"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:

@@ -493,6 +493,13 @@ def test_a_lora_of_the_text_encoder_is_named(model, tmp_path, key):
     refused("LoRA of a text encoder", key, call=lambda: read_lora(model, file))
 
 
+@pytest.mark.parametrize("name", ["blocks.0.self_attn.q.weight", "text_encoders.t5.norm.weight"])
+def test_whole_weights_are_no_lora(model, tmp_path, name):
+    file = tmp_path / "x.safetensors"
+    save_file({name: torch.ones(2, 64)}, file)
+    refused("holds whole weights", name, "--checkpoint", call=lambda: read_lora(model, file))
+
+
 def test_dora_over_lokr_is_named(model, tmp_path):
     file = tmp_path / "x.safetensors"
     save_file(

@@ -114,6 +114,10 @@ def test_text_in_another_encoding_or_form_is_explained(tmp_path):
     path.write_bytes((rows[0] + "\n").encode() + rows[1].encode("latin-1"))
     with pytest.raises(ValueError, match="meta.jsonl:2: is not UTF-8 text .byte 0xe9"):
         read_records(path, "image")
+    for binary in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\x00\x10JFIF"):
+        path.write_bytes(binary)
+        with pytest.raises(ValueError, match="meta.jsonl:1: the file is no text"):
+            read_records(path, "image")
     path.write_bytes(rows[0].encode("utf-16"))
     with pytest.raises(ValueError, match="meta.jsonl:1: the file is UTF-16"):
         read_records(path, "image")

@@ -269,6 +269,12 @@ def test_mistakes_in_configs_and_arguments_are_refused(shop, capsys, tmp_path):
         "cannot read the config absent.yaml",
     )
     refused(
+        capsys,
+        train_t2v.main,
+        ["--config", str(shop.folder), "--train_cache_dir", "x"],
+        f"the config {shop.folder} is a folder: name a YAML file",
+    )
+    refused(
         capsys, train_t2v.main, [*shop.train_words("x"), "--device", "gpu"], "--device is 'gpu'"
     )
     base = shop.folder / "runs/base"

@@ -249,6 +249,9 @@ def test_links_in_a_cache_folder_are_not_followed(tmp_path):
         VideoConfig(width=32, height=32),
     )
     records = read_records(pictures(tmp_path, "a", "b"), "image")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="run is the folder of a run"):
+        CacheWriter(tmp_path / "run", manifest())
     with pytest.raises(ValueError, match="no manifest.json"):
         Caching(records, "image", tokenizer, cache, video, progress=False).run()
     (cache / "a.pt").unlink()

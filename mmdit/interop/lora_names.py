@@ -107,7 +107,7 @@ def _ends() -> dict[str, str]:
 
 PARTS = _ends()
 NOT_READ = {  # what keys of other adapters have in them
-    r"^lora_te\d?_|^text_encoders?\.|^base_model\.model\.text_encoder": "LoRA of a text encoder",
+    r"^lora_te\d?_|^(base_model\.model\.)?text_encoder.*lora": "LoRA of a text encoder",
     r"\.hada_[wt]\d": "LoHa",
     r"\.oft_|\.oft_blocks": "OFT",
     r"\.boft_": "BOFT",

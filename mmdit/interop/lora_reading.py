@@ -155,6 +155,11 @@ def _chosen(
                 f"{path} holds {adapter} ({unknown[0]} …), which is not read here: LoRA, DoRA, LoKr"
                 " and whole differences are; merge it with the tool that made it"
             )
+        if not any(key.part for key in keys.values()):
+            raise ValueError(
+                f"{path} holds whole weights ({unknown[0]} …), and no changes of a LoRA: give it as"
+                " --checkpoint, or name a file of a LoRA"
+            )
         word = re.sub(UNMANGLE, "", unknown[0])
         alike = sorted(name for name in names if ("." in name) == ("." in word))
         raise ValueError(

@@ -113,6 +113,8 @@ class CacheWriter:
         if (self.folder / "manifest.json").exists():
             self._begun = CacheManifest.read(self.folder)
             self._begun.check(self.folder, manifest)
+        elif (self.folder / "checkpoints").is_dir():
+            raise ValueError(f"{self.folder} is the folder of a run: give the cache a new folder")
         elif any(item_files(self.folder)):
             raise ValueError(
                 f"{self.folder} holds .pt files but no manifest.json: what made them is unknown;"

@@ -249,6 +249,8 @@ def _check_beginning(line: bytes, where: str) -> None:
     """Refuse the first line of a file that holds records in another form."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{where}: the file is UTF-16 text; save it as UTF-8")
+    if b"\0" in line or line.startswith(b"\x89PNG"):
+        raise ValueError(f"{where}: the file is no text; {ONE_A_LINE}")
     if line.strip(BLANK).startswith(b"["):
         raise ValueError(
             f"{where}: the file is a JSON array; {ONE_A_LINE}, without brackets around and commas"

@@ -1,5 +1,6 @@
 """Pre-training a tokenizer: pictures, losses, exact resume, export and evaluation."""
 
+import itertools
 import json
 import os
 import signal
@@ -43,6 +44,7 @@ from mmdit.vtp_training.self_supervision import (
     SelfSupervisionConfig,
     balanced_assignments,
     random_crops,
+    taking_part,
 )
 from mmdit.vtp_training.tokenizer_scores import psnr
 
@@ -191,6 +193,36 @@ def test_half_of_the_crops_are_mirrored():
     mirrored = int((rises < 0).sum())
     assert 20 < mirrored < 44 and rises.abs().min() > 0.04
     assert crops.diff(dim=-2).abs().max() < 1e-5  # never upside down
+
+
+def test_a_crop_of_the_whole_is_the_picture_with_another_contrast_and_tint():
+    black, white, pictures = (
+        torch.zeros(64, 3, 8, 8),
+        torch.ones(64, 3, 8, 8),
+        torch.rand(64, 3, 8, 8),
+    )
+    tint, both, crops = (
+        random_crops(pixels, Draws.of(0, 0, 64), "view", 1.0, 1.0, (8, 8))
+        for pixels in (black, white, pictures)
+    )
+    contrast = both - tint
+    assert 0.8 <= contrast.min() < 0.83 and 1.17 < contrast.max() <= 1.2
+    assert float(tint.std()) == pytest.approx(0.15, rel=0.15)
+    back = (crops - tint) / contrast
+    mirrored = (back - pictures).abs().amax((1, 2, 3)) > 1e-3
+    torch.testing.assert_close(
+        torch.where(mirrored[:, None, None, None], back.flip(-1), back), pictures, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.75, 0.6, 0.5, 0.4, 1 / 3, 0.25, 0.1, 0.01])
+def test_the_share_that_takes_part_is_the_one_asked_for_and_evenly_spread(share):
+    chosen = taking_part(60, share)
+    assert abs(len(chosen) - 60 * share) < 1 and chosen[0] == 0
+    gaps = {after - before for before, after in itertools.pairwise(chosen)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    if (1 / share).is_integer():
+        assert chosen == list(range(60))[:: int(1 / share)]
 
 
 def test_contrast_treats_equal_facts_as_positives():

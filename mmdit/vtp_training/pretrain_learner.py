@@ -21,7 +21,7 @@ from mmdit.vtp_training.pretrain_losses import (
     discriminator_loss,
     reconstruction_loss,
 )
-from mmdit.vtp_training.self_supervision import SelfSupervision
+from mmdit.vtp_training.self_supervision import SelfSupervision, taking_part
 
 
 def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
@@ -111,9 +111,9 @@ class TokenizerLearner(nn.Module):
                 total = total + config.contrast.weight * parts["contrast"]
             if self.self_supervision is not None:
                 settings = config.self_supervision
-                stride = max(1, round(1 / settings.fraction))  # every sort of picture
+                chosen = taking_part(len(target), settings.fraction)
                 parts["dino"], parts["ibot"] = self.self_supervision.loss(
-                    self.model.trunk, target[::stride], draws[::stride]
+                    self.model.trunk, target[chosen], draws[chosen]
                 )
                 total = total + settings.weight * (parts["dino"] + parts["ibot"])
         parts = {name: value.detach() for name, value in parts.items()}

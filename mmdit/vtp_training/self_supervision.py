@@ -58,6 +58,13 @@ class SelfSupervisionConfig:
             raise ConfigError("mask_ratio", f"is [{low}, {high}], must be [low, high] in 0 … 1")
 
 
+def taking_part(count: int, share: float) -> list[int]:
+    """Return which of `count` pictures take part: so large a share, 1 at least, evenly spread, for
+    a batch has one sort of picture after the other."""
+    places = (round(number / share) for number in range(count))
+    return [place for place in places if place < count]
+
+
 def random_crops(
     images: Tensor, draws: Draws, purpose: str, low: float, high: float, size: tuple[int, int]
 ) -> Tensor:

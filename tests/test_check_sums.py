@@ -142,7 +142,7 @@ def test_lines_enter_the_index_when_their_items_are_on_the_disk(tmp_path, monkey
     may_flush, flushed = threading.Event(), threading.Event()
 
     def flush(folder):
-        assert may_flush.wait(10)
+        assert may_flush.wait(60)
         flushed.set()
 
     monkeypatch.setattr(module, "flush_file_system", flush)
@@ -153,7 +153,7 @@ def test_lines_enter_the_index_when_their_items_are_on_the_disk(tmp_path, monkey
         assert len(list(tmp_path.rglob("*.pt"))) == 2
         assert not (tmp_path / "index.jsonl").read_text()
         may_flush.set()
-        assert flushed.wait(10)
+        assert flushed.wait(60)
         writer.close()
         assert len((tmp_path / "index.jsonl").read_text().split()) == 2
     monkeypatch.setattr(module, "FLUSH_SECONDS", 100.0)

@@ -35,7 +35,7 @@ STOP = "train.max_steps=1"
 
 def share(folder: Path, parts: str, size: int, processes: int) -> None:
     """Let `processes` do `parts` of the driver, `size` of them with each clip."""
-    drive("context_parallel", str(folder), parts, str(size), str(processes), seconds=100)
+    drive("context_parallel", str(folder), parts, str(size), str(processes), seconds=300)
 
 
 def reports(folder: Path, processes: int) -> list[dict]:

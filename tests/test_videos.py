@@ -78,6 +78,20 @@ def test_older_containers_are_clips_of_a_folder_too(tmp_path, name, codec):
     assert np.abs(np.array(shown) - [40, 80, 120, 160, 200]).max() < 4
 
 
+@pytest.mark.parametrize(
+    "name, fps", [("a.avi", 10), ("a.avi", 2.5), ("a.wmv", 2.5), ("a.mpg", 10)]
+)
+def test_frames_without_times_of_their_own_are_not_taken_for_others(tmp_path, name, fps):
+    """AVI and WMV have the times of decoding alone, and MPEG's streams that of the first frame."""
+    pixels = [np.full((32, 32, 3), 10 * number, np.uint8) for number in range(20)]
+    path = write_frames(tmp_path / name, pixels, "libx264", options={"sc_threshold": "0"})
+    with pytest.raises(Unusable, match="does not say when its frames are shown.* encode it anew"):
+        list(read_video(str(path), fps))
+    ordered = write_frames(tmp_path / name, pixels, "mpeg4", options={"bf": "3"})
+    shown = [np.asarray(image).mean() for image in read_video(str(ordered), fps)]
+    assert len(shown) == 2 * fps and np.all(np.diff(shown) > -2)
+
+
 def test_frames_at_uneven_times_are_taken_by_their_times_also_where_their_mean_rate_fits():
     """Ten a second on average, of which the first five come in a fifth of a second."""
     times = (0, 40, 80, 120, 160, 400, 520, 640, 760, 900)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30,
 MAX_FRAMES = 4096  # of one clip: all of them are encoded at once
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K, a little over
 MOST_STRETCHED = 16  # sides of a pixel
+MOST_DELAYED = 32  # frames: more than any codec keeps before it shows one
 # FFmpeg's names of the containers that are opened; none of them leads to other files
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,mxf,dv"
 
@@ -158,14 +160,17 @@ def probe(path: Source) -> Probe:
         _check_size(width, height)
         return Probe(width, height, tuple(times), 0.001, 0.0)
     with _opened(path) as (container, stream):
-        shown, keys = set(), set()
+        shown, keys, untimed = set(), set(), 0
         for packet in container.demux(stream):
+            untimed += bool(packet.size) and packet.pts is None
             if packet.size and packet.pts is not None and not packet.is_discard:
                 shown.add(packet.pts)
                 if packet.is_keyframe:
                     keys.add(packet.pts)
         if not shown:
             raise Unusable("video without frames")
+        if untimed > len(shown):  # of two fields that make a frame the second may have none
+            raise _without_times(f"{untimed} of its packets have none")
         tick = float(stream.time_base)
         stated = start = 0.0  # seconds; Matroska may count from zero where its first frame is later
         if stream.duration:
@@ -188,6 +193,13 @@ def probe(path: Source) -> Probe:
 def _probe_once(path: str, state: tuple[int, int, int]) -> Probe:
     """Return what a file holds, while its size and times are these."""
     return probe(path)
+
+
+def _without_times(what: str) -> Unusable:
+    return Unusable(
+        "the file does not say when its frames are shown",
+        f"{what}; encode it anew (ffmpeg -i FILE NEW.mp4)",
+    )
 
 
 def _square(width: int, height: int, stream) -> int:
@@ -214,12 +226,15 @@ def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
     wanted = [content.stamps[number] for number in numbers]
     place, matrix = 0, None
     # one thread: the workers are the parallelism
-    for stream, frame in _decoded_from(path, content.keys, wanted[0], threads=1):
+    decoded = _decoded_from(path, content.keys, wanted[0], threads=1)
+    for stream, frame in decoded:
         if place == len(wanted):
             break
         if frame.pts is None or frame.pts < wanted[place]:
             continue
         if frame.is_corrupt or frame.pts != wanted[place]:
+            for _ in islice(decoded, MOST_DELAYED):
+                pass  # if the frame comes later, the times are to blame, and that is raised
             seconds = (wanted[place] - wanted[0]) * content.tick
             raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
         matrix = matrix or _matrix(frame)
@@ -249,7 +264,7 @@ def _decoded_from(
             with suppress(av.error.FFmpegError):  # then the key frame is not met
                 if key is not None:
                     container.seek(key, stream=stream)
-            met = key is None
+            met, last = key is None, None
             for frame in container.decode(stream):
                 if not met:
                     # what is shown before the key frame refers to frames that were not decoded
@@ -258,6 +273,10 @@ def _decoded_from(
                     if frame.pts > key:
                         break
                     met = True
+                if frame.pts is not None:
+                    if last is not None and frame.pts < last:
+                        raise _without_times("their times are not in their order")
+                    last = frame.pts
                 yield stream, frame
         if met:
             return

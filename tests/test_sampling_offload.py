@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from functools import cache
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mmdit.training.pipeline import SampleSettings
 from tests.helpers.wan_release import FLF2V, make_release
 
 SETTINGS = SampleSettings(SamplerConfig("unipc", 4, grid="wan"), 4.0, negative_prompt="grey")
+PICTURES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +40,16 @@ def draw(release, offload, image=None):
     return drawn, pipeline
 
 
+@cache
+def expected(release, image=None):
+    """Return what is drawn where nothing is offloaded."""
+    return draw(release, "none", image)[0]
+
+
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_a_pair_of_experts_draws_the_same(pair, offload):
-    expected, _ = draw(pair, "none")
     drawn, pipeline = draw(pair, offload)
-    assert torch.equal(drawn, expected) and isinstance(pipeline.tokenizer, VisitingTokenizer)
+    assert torch.equal(drawn, expected(pair)) and isinstance(pipeline.tokenizer, VisitingTokenizer)
     networks = pipeline.networks()
     assert {name for name in networks if name.startswith("model")} == {
         "model",
@@ -55,15 +62,14 @@ def test_a_pair_of_experts_draws_the_same(pair, offload):
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_given_pictures_reach_the_network(continued, offload):
-    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    drawn, _ = draw(continued, offload, pictures)
-    assert torch.equal(drawn, draw(continued, "none", pictures)[0])
+    drawn, _ = draw(continued, offload, PICTURES)
+    assert torch.equal(drawn, expected(continued, PICTURES))
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_our_own_network_draws_the_same(offload):
     path = "assets/moving_shapes_64.safetensors"
-    assert torch.equal(*(draw(path, how)[0] for how in ("none", offload)))
+    assert torch.equal(draw(path, offload)[0], expected(path))
 
 
 def test_one_network_at_a_time_is_on_the_device():

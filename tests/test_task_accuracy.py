@@ -4,6 +4,7 @@ files keep the tasks."""
 
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,16 +80,22 @@ def test_a_perfect_sampler_scores_one_in_every_task(frames, count):
     )
 
 
+@cache
+def ten_of(task):
+    """Return the facts of ten prompts, and what is seen in pictures of them."""
+    listed = [p.facts for p in prompts("seen", True, WIDTH, HEIGHT, task)[:10]]
+    return listed, oracle(render(listed, WIDTH, HEIGHT, 6), "many")
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_asks_for_something_else_in_one_thing(task, name):
     """What is asked otherwise is wrong, and nothing else, unless an object is missing."""
-    listed = [p.facts for p in prompts("seen", True, WIDTH, HEIGHT, task)[:10]]
+    listed, drawn = ten_of(task)
     asked = [CHANGES[name](item, i) for i, item in enumerate(listed)]
     if asked[0] is None:
         assert asked == [None] * 10
         return
-    drawn = oracle(render(listed, WIDTH, HEIGHT, 6), "many")
     verdict = accuracy(drawn, asked)
     assert verdict["prompt_accuracy"]["correct"] == 0
     changed = {"one more or fewer": "count", "swapped colors": "color"}.get(name, name)

@@ -24,9 +24,9 @@ NO_VERB = re.compile(
 )
 
 
-def names_bound(tree: ast.AST):
+def names_bound(nodes: list[ast.AST]):
     """Yield `(line, name)` of all that is defined: functions, arguments, variables, fields."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             yield node.lineno, node.name
         elif isinstance(node, ast.arg):
@@ -35,9 +35,9 @@ def names_bound(tree: ast.AST):
             yield node.lineno, node.id if isinstance(node, ast.Name) else node.attr
 
 
-def golf(tree: ast.AST):
+def golf(nodes: list[ast.AST]):
     """Yield `(line, what)` for expressions that hold more than one thought."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call):
             arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
             if any(isinstance(argument, ast.NamedExpr) for argument in arguments):
@@ -78,19 +78,20 @@ def _conditional_text(node: ast.AST) -> bool:
     )
 
 
-def documented(tree: ast.AST):
+def documented(nodes: list[ast.AST]):
     """Yield `(line, docstring)` of every function that has one."""
-    for node in ast.walk(tree):
-        if isinstance(node, FUNCTIONS) and ast.get_docstring(node):
-            yield node.lineno, ast.get_docstring(node)
+    for node in nodes:
+        text = ast.get_docstring(node) if isinstance(node, FUNCTIONS) else None
+        if text:
+            yield node.lineno, text
 
 
 def findings(path: Path) -> list[str]:
     """Return what a reader would stumble over in one file, as `line: what`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    problems = [f"{line}: the name {name!r}" for line, name in names_bound(tree) if name in VAGUE]
-    problems += [f"{line}: {what}" for line, what in golf(tree)]
-    for line, text in documented(tree):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    problems = [f"{line}: the name {name!r}" for line, name in names_bound(nodes) if name in VAGUE]
+    problems += [f"{line}: {what}" for line, what in golf(nodes)]
+    for line, text in documented(nodes):
         if NO_VERB.match(text):
             problems.append(
                 f"{line}: the docstring does not begin with a verb: {text.split('.')[0]}"

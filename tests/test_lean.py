@@ -45,8 +45,8 @@ def test_two_bfloat16_words_follow_float32_where_one_stands_still():
 
 
 def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypatch):
-    def halved(dropout=0.0):
-        model = learner(dropout)
+    def halved(*words):
+        model = learner(*words)
         lean.to_bfloat16(model)
         return model
 

@@ -16,6 +16,7 @@ from mmdit.data.dataset.sources import extract_frames
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import probe, read_video, thumbnails
 from tests.test_cache import VIDEO, run, write_meta
+from tests.test_videos import write_frames
 
 av = pytest.importorskip("av")
 COUNT = 40
@@ -69,6 +70,15 @@ def test_a_span_is_exactly_its_frames_wherever_it_begins(tmp_path, name, codec, 
     for first in range(COUNT - 2):
         end = min(COUNT, first + 4)
         assert (pixels(VideoSpan(path, first, end)) == whole[first:end]).all(), first
+
+
+def test_a_span_of_frames_so_small_that_several_share_a_pack_is_exactly_its_frames(tmp_path):
+    """FFmpeg gives frames other times where it begins in the middle of an MPEG stream."""
+    greys = [np.full((64, 96, 3), 20 + 5 * number, np.uint8) for number in range(COUNT)]
+    path = str(write_frames(tmp_path / "a.mpg", greys, "mpeg1video", rate=24, options={"bf": "3"}))
+    whole = pixels(path, 24)
+    for first in range(24, COUNT - 1):
+        assert (pixels(VideoSpan(path, first, first + 2), 24) == whole[first:][:2]).all(), first
 
 
 def test_decoding_begins_at_the_key_frame_before_a_span(tmp_path, monkeypatch):

@@ -270,7 +270,7 @@ def _decoded_from(
                     # what is shown before the key frame refers to frames that were not decoded
                     if frame.pts is None or frame.pts < key:
                         continue
-                    if frame.pts > key:
+                    if frame.pts > key or not frame.key_frame:  # packs may have other times then
                         break
                     met = True
                 if frame.pts is not None:

@@ -1,12 +1,13 @@
-"""Take LoRA steps of a whole expert of Wan A14B within the memory of a small card: blocks, and what
-recomputed blocks start from, in the memory of the CPU. Beside musubi-tuner, whose source is given
+"""Take LoRA steps of a whole expert of Wan A14B, and of TI2V-5B, within the memory of a small card:
+blocks, and what recomputed blocks start from, in the memory of the CPU. A14B beside musubi-tuner, whose source is given
 as `--peer`: its block swap, its LoRA, its checkpointing. A JSON line a case, each in a process of
 its own; some 100 s a case on an H200.
 
     python -m tests.drivers.gpu_block_swap --gigabytes 24 --peer musubi-tuner/src
+    python -m tests.drivers.gpu_block_swap --gigabytes 16 --only "ours, 5B"
     python -m tests.drivers.gpu_block_swap --only ours --tiny   # on a CPU, to see that it runs
 
-832x480 with 81 frames (32,760 tokens), batch 1, rank 32 on all linear layers of the blocks, random
+A14B at 832x480 with 81 frames (32,760 tokens), 5B at 1280x704 with 121 (27,280 tokens), batch 1, rank 32 on all linear layers of the blocks, random
 weights, 512 tokens of text, AdamW in float32 on the adapters. `step_s`: the median after the first
 step; `gb` and `reserved_gb`: the most that tensors took, and that torch held of the card, which the
 cap bounds; `host_gb`: the most that the process had of the CPU's memory. `loss` is for a look: the
@@ -36,9 +37,11 @@ from tests.drivers.gpu_memory_plan import stepping, wan
 RANK = 32
 SENT = {"checkpointing": True, "offload_activations": True, "residual": "autocast"}
 OURS = {
-    "ours, bfloat16, 40 blocks away": (40, {}),
-    "ours, float8, 40 blocks away": (40, {"dtype": "float8"}),
-    "ours, float8, 20 blocks away": (20, {"dtype": "float8"}),
+    "ours, 14B, bfloat16, 40 blocks away": ("14B", 40, {}),
+    "ours, 14B, float8, 40 blocks away": ("14B", 40, {"dtype": "float8"}),
+    "ours, 14B, float8, 20 blocks away": ("14B", 20, {"dtype": "float8"}),
+    "ours, 5B, bfloat16, 30 blocks away": ("5B", 30, {}),
+    "ours, 5B, float8": ("5B", 0, {"dtype": "float8"}),
 }
 # blocks away, whether the base is fp8_scaled, and its way of swapping blocks
 PEERS = {
@@ -58,8 +61,8 @@ PEERS = {
 
 def ours(name: str, device: torch.device, tiny: bool) -> Callable[[], float]:
     """Return what takes a step by our trainer's own code, and returns its loss."""
-    away, model = OURS[name]
-    return stepping(wan("14B", tiny, offload=away, **SENT, **model), device)[2]
+    base, away, model = OURS[name]
+    return stepping(wan(base, tiny, offload=away, **SENT, **model), device)[2]
 
 
 def peers(name: str, device: torch.device, tiny: bool, source: Path) -> Callable[[], float]:

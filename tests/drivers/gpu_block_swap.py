@@ -1,17 +1,17 @@
 """Take LoRA steps of a whole expert of Wan A14B, and of TI2V-5B, within the memory of a small card:
-blocks, and what recomputed blocks start from, in the memory of the CPU. A14B beside musubi-tuner, whose source is given
-as `--peer`: its block swap, its LoRA, its checkpointing. A JSON line a case, each in a process of
-its own; some 100 s a case on an H200.
+blocks, and what recomputed blocks start from, in the memory of the CPU. A14B beside musubi-tuner,
+whose source is given as `--peer`: its block swap, its LoRA, its checkpointing. A JSON line a case,
+each in a process of its own; some 100 s a case on an H200.
 
     python -m tests.drivers.gpu_block_swap --gigabytes 24 --peer musubi-tuner/src
     python -m tests.drivers.gpu_block_swap --gigabytes 16 --only "ours, 5B"
     python -m tests.drivers.gpu_block_swap --only ours --tiny   # on a CPU, to see that it runs
 
-A14B at 832x480 with 81 frames (32,760 tokens), 5B at 1280x704 with 121 (27,280 tokens), batch 1, rank 32 on all linear layers of the blocks, random
-weights, 512 tokens of text, AdamW in float32 on the adapters. `step_s`: the median after the first
-step; `gb` and `reserved_gb`: the most that tensors took, and that torch held of the card, which the
-cap bounds; `host_gb`: the most that the process had of the CPU's memory. `loss` is for a look: the
-two draw other numbers.
+A14B at 832x480 with 81 frames (32,760 tokens), 5B at 1280x704 with 121 (27,280 tokens), batch 1,
+rank 32 on all linear layers of the blocks, random weights, 512 tokens of text, AdamW in float32 on
+the adapters. `step_s`: the median after the first step; `gb` and `reserved_gb`: the most that
+tensors took, and that torch held of the card, which the cap bounds; `host_gb`: the most that the
+process had of the CPU's memory. `loss` is for a look: the two draw other numbers.
 """
 
 import argparse

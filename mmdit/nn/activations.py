@@ -1,5 +1,5 @@
-"""What blocks leave to the backward pass: kept, recomputed there, or kept in the memory of the
-CPU."""
+"""Keep what blocks leave to the backward pass, recompute it there, or have it wait in the memory of
+the CPU."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def recompute(block: nn.Module, *inputs: Any) -> Any:
 
 
 class Activations:
-    """What the blocks of one forward pass leave to the backward pass. `recomputed(index)`: whether
-    a block leaves its inputs alone: every `checkpoint_every`-th one with `checkpointing`, where
-    gradients are wanted. `of_block(block, x)`: the context to call a block in, whose stream is `x`.
-    With `offload_activations` all that is kept in it and is as large as `x` goes to the memory of
-    the CPU while the next block computes, and comes back while the block behind it computes
-    backward: the same numbers, and no more than two blocks' of them on the device. `settings` have
-    these three, by their names.
+    """Decide what the blocks of one forward pass leave to the backward pass. `settings` have the
+    three keys that are named here.
+
+    `recomputed(index)` says whether a block leaves its inputs alone: every `checkpoint_every`-th
+    one with `checkpointing`, where gradients are wanted. `of_block(block, x)` is the context to
+    call a block in, whose stream is `x`. With `offload_activations` all that is kept in it and is
+    as large as `x` goes to the memory of the CPU while the next block computes, and comes back
+    while the block behind it computes backward: the same numbers, and no more than two blocks' of
+    them on the device.
     """
 
     def __init__(self, settings: Settings):
@@ -101,8 +103,8 @@ def host_memory(size: int, pinned: bool) -> Tensor:
 
 
 class Sent:
-    """What one block has sent away, as long as somebody wants it; `before`: the block before it,
-    whose tensors are wanted next."""
+    """Holds what one block has sent away, as long as somebody wants it. `before` is the block
+    before it, whose tensors are wanted next."""
 
     def __init__(self, before: Sent | None):
         self.before = before
@@ -137,8 +139,8 @@ class Sent:
 
 
 class Away:
-    """The numbers of a dense tensor in the memory of the CPU. `uses`: how often a backward pass
-    asks for it.
+    """Holds the numbers of a dense tensor in the memory of the CPU. `uses`: how often a backward
+    pass asks for it.
 
     `leaving` holds the tensor until the work that comes next on the device waits for the copy: so
     its memory is used again in the order of that work, however far the CPU is ahead."""
@@ -181,9 +183,9 @@ class Away:
 
 
 class Channel:
-    """The way between a device and the memory of the CPU: a stream of its own, on which copies
-    follow one another, and memory that was given back, by size. All copies go through it, so memory
-    may be taken again as soon as it is given."""
+    """Copies between a device and the memory of the CPU, one after another on a stream of its own,
+    and keeps memory that was given back, by size. All copies go through it, so memory may be taken
+    again as soon as it is given."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -320,9 +320,9 @@ class WanDiT(Denoiser):
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of
     text padding (exact). `checkpointing`: recompute blocks in the backward pass, every
-    `checkpoint_every`-th of them. `offload_activations`: keep what they leave to it on the CPU.
-    `residual`: what the stream between blocks is kept in, float32 as in the official code, or
-    autocast's type as in Diffusers (half the traffic).
+    `checkpoint_every`-th of them. `residual`: what the stream between blocks is kept in, float32 as
+    in the official code, or autocast's type as in Diffusers (half the traffic). The attribute
+    `offload_activations`: keep what blocks leave to the backward pass in the memory of the CPU.
     """
 
     exact_parts = (
@@ -348,13 +348,12 @@ class WanDiT(Denoiser):
         collapse_padding: bool = True,
         checkpointing: bool = False,
         checkpoint_every: int = 1,
-        offload_activations: bool = False,
         residual: Residual = "float32",
     ):
         super().__init__()
         self.config, self.collapse_padding, self.residual = config, collapse_padding, residual
         self.checkpointing, self.checkpoint_every = checkpointing, checkpoint_every
-        self.offload_activations = offload_activations
+        self.offload_activations = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.Sequential(

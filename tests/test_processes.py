@@ -32,7 +32,7 @@ def test_a_cache_killed_again_and_again_is_byte_identical_to_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["resume,large", "scaling,reduced,sharded,memory"])
+@pytest.mark.parametrize("only", ["resume,large,offloaded", "scaling,reduced,sharded,memory"])
 def test_the_script_for_gpus_works_on_a_cpu(only):
     result = drive("gpu_checks", "--tiny", "--only", only, seconds=300)
     assert not any("failed" in result[name] or name not in result for name in only.split(",")), (

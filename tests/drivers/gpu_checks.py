@@ -17,6 +17,8 @@ The checks, each of which `--only` can name:
   of the plain path, and against the plain path with its batch in two halves.
 - `replayed`: model S on two GPUs, if there are so many: steps replayed as CUDA graphs against steps
   that the CPU launches: the same weights, and the samples a second of both.
+- `offloaded`: one GPU, deterministic kernels: activations in the memory of the CPU, with and without
+  checkpointing, against activations on the GPU: the same weights, and the speed and memory of each.
 - `lean`: one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory.
 - `large`: 3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s.
 
@@ -48,7 +50,18 @@ from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKS = ("scaling", "reduced", "sharded", "resume", "memory", "fast", "replayed", "lean", "large")
+CHECKS = (
+    "scaling",
+    "reduced",
+    "sharded",
+    "resume",
+    "memory",
+    "fast",
+    "replayed",
+    "offloaded",
+    "lean",
+    "large",
+)
 SIZES = {  # of --tiny and of the real thing
     "cells": (2, 16),
     "channels": (4, 64),
@@ -70,6 +83,11 @@ LEAN = {
     "every_other_block": [{"checkpointing": True, "checkpoint_every": 2}],
     "pure_bf16": [{}, "train.precision=pure_bf16"],
     "offload_optimizer": [{}, "train.offload_optimizer=true"],
+}
+ACTIVATIONS = {
+    "kept": [],
+    "offloaded": ["model.offload_activations=true"],
+    "offloaded_and_recomputed": ["model.offload_activations=true", "model.checkpointing=true"],
 }
 
 
@@ -151,7 +169,7 @@ class Checks:
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "VTP"))),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "compiled"),
         }
-        if part == "exact":
+        if part in ("exact", "deterministic"):
             env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic products ask for
         with (self.folder / f"{name}.log").open("w+") as log:
             child = subprocess.Popen(
@@ -374,6 +392,24 @@ class Checks:
         assert not told and result["different_tensors"] == 0, f"{told} {result}"
         return result
 
+    def offloaded(self) -> dict:
+        """The model is compiled in no run, so that all three call the same kernels."""
+        result, steps = self.so_far, 8
+        words = [f"train.max_steps={steps}", "train.log_every_steps=1", "train.compile=false"]
+        words.append(f"train.batch_size={max(2, self.size['micro'] // 4)}")
+        for name, more in ACTIVATIONS.items():
+            records = self.train(name, 1, *words, *more, part="deterministic")
+            saved = [
+                checkpoint.read_tensors(
+                    checkpoint.latest(self.folder / "runs" / run) / "model.safetensors"
+                )
+                for run in ("kept", name)
+            ]
+            different = sum(not torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+            result[name] = self.speed(records) | {"different_tensors": different}
+        assert all(row["different_tensors"] == 0 for row in result.values()), result
+        return result
+
     def lean(self) -> dict:
         result = self.so_far
         for name, (model, *words) in LEAN.items():
@@ -454,6 +490,8 @@ def one_process(part: str, words: list[str]) -> None:
         for more in (whole, parts, [*parts, *whole, "--resume"]):
             train_t2v.main([*words, *half, *more])
         return
+    if part == "deterministic":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if part == "plain":
         kernels.can_run = lambda x: False
     if part == "unsaved":  # tens of gigabytes that nobody will read

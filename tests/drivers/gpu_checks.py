@@ -17,8 +17,8 @@ The checks, each of which `--only` can name:
   of the plain path, and against the plain path with its batch in two halves.
 - `replayed`: model S on two GPUs, if there are so many: steps replayed as CUDA graphs against steps
   that the CPU launches: the same weights, and the samples a second of both.
-- `offloaded`: one GPU, deterministic kernels: activations in the memory of the CPU, with and without
-  checkpointing, against activations on the GPU: the same weights, and the speed and memory of each.
+- `offloaded`: one GPU, deterministic kernels: activations in the memory of the CPU, recomputed or
+  not, against activations on the GPU: the same weights, and the speed and memory of each.
 - `lean`: one GPU, 1.2 B parameters: memory and seconds a step of each option that saves memory.
 - `large`: 3 B parameters under FSDP on 2 GPUs: seconds a step, memory of a GPU, TFLOP/s.
 
@@ -393,7 +393,7 @@ class Checks:
         return result
 
     def offloaded(self) -> dict:
-        """The model is compiled in no run, so that all three call the same kernels."""
+        """Compare weights. No run is compiled, so that all three call the same kernels."""
         result, steps = self.so_far, 8
         words = [f"train.max_steps={steps}", "train.log_every_steps=1", "train.compile=false"]
         words.append(f"train.batch_size={max(2, self.size['micro'] // 4)}")

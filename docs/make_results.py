@@ -87,6 +87,9 @@ def arm_tables(files: list[dict]) -> list[str]:
     first, level, common = arms[0], arms[0][2]["reached"], min(ends, default=0.0)
     titles = ["arm", "parameters", "steps", "seen", "held-out pairs", "beside the first"]
     titles += [f"samples to {level} held out"]
+    moving = any("left_right" in curve["points"][-1] for *_, curve in arms)
+    if moving:
+        titles += ["left or right at each checkpoint"]
     if ends:
         titles += ["step", f"held out after {common:.0f} s", f"seconds to {level}"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -99,6 +102,9 @@ def arm_tables(files: list[dict]) -> list[str]:
         cells += [beside(first, (name, row, curve))]
         samples = [None if steps is None else steps * batch for steps in steps_to(curve, level)]
         cells += [shown_values(samples)]
+        if moving:
+            rates = (point["left_right"]["value"] for point in curve["points"])
+            cells += [", ".join(f"{rate:.2f}" for rate in rates)]
         pace = pace_of(curve)
         if pace:
             seconds = shown_values(curve["seconds_to"])

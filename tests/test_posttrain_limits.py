@@ -1,8 +1,11 @@
 """What post-training must not do in silence: learn from an earlier attempt's samples, lose updates
 to a reward that fails, take more at a time than it was allowed, train nothing."""
 
+import copy
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
 from tests.helpers.posttrain_shop import PosttrainShop, command
 from tests.helpers.tiny import refused
-from tests.helpers.toy_posttrain import Bright, Keep, Net, session
+from tests.helpers.toy_posttrain import Bright, Keep, Net, pretrained, session
 from tests.test_posttrain_loops import SRPO, words
 
 BRIGHT = [f"posttrain.{name}=[{{type: brightness}}]" for name in ("rewards", "eval_rewards")]
@@ -343,6 +346,61 @@ def test_advantages_of_nft_count_by_their_largest(tmp_path, monkeypatch):
         (rollout,) = running.rollouts.collect(0)
         ((loss, _),) = online.terms(running, rollout, torch.zeros(4))
         assert loss.item() == pytest.approx(most)
+
+
+class Halves(Bright):
+    """Brightness for every other prompt; the others' groups have equal rewards, and no pair."""
+
+    def call(self, samples):
+        ends = [int(caption.split()[-1]) % 2 for caption in samples.captions]
+        return super().call(samples) * torch.tensor(ends)
+
+
+def test_an_update_of_dpo_is_the_mean_over_its_pairs_in_micro_batches_of_any_size(tmp_path):
+    common = {"algorithm": "dpo", "dpo": DPOConfig(source="online"), "rewards": (Halves(),)}
+    common |= {"prompts_per_epoch": 8, "group_size": 4, "evaluated": 1}
+    reports = []
+    for micro_batch in (4, 8, 32):
+        running = session(tmp_path, **common, micro_batch=micro_batch)
+        reports.append(online.online_epoch(running))
+    whole = reports.pop()
+    assert 0 < whole["zero_std_share"] < 1 and whole["grad_norm"] > 1
+    names = ("grad_norm", "loss", "pair_loss", "error_win", "error_lose")
+    for report in reports:
+        assert [report[name] for name in names] == pytest.approx(
+            [whole[name] for name in names], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_the_loss_that_is_reported_is_that_of_the_mean_update(tmp_path, micro_batch):
+    """Not a share of it, however many noisy steps, draws and micro-batches it is made of."""
+    common = {"prompts_per_epoch": 2, "group_size": 2, "micro_batch": micro_batch}
+    grpo = session(tmp_path, algorithm="grpo", **common, kl=KLConfig(beta=0.5))
+    with torch.no_grad():  # the policy is not the reference
+        for parameter in grpo.learner.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    report = online.online_epoch(grpo)
+    assert report["kl"] > 0
+    expected = report["policy_loss"] + 0.5 * report["kl"]
+    assert report["loss"] == pytest.approx(expected, rel=1e-5)
+    dpo = {"algorithm": "dpo", "dpo": DPOConfig(source="online"), "draws_per_sample": 3}
+    report = online.online_epoch(session(tmp_path, **dpo, **common))
+    assert report["loss"] == pytest.approx(report["pair_loss"]) == pytest.approx(math.log(2))
+
+
+def test_noise_levels_of_clips_are_drawn_for_their_latent_frames(tmp_path, monkeypatch):
+    """Compare with training; a tokenizer that compresses time gives fewer than pixels have."""
+    asked, draw = [], FlowMatching.draw_time
+    monkeypatch.setattr(
+        FlowMatching, "draw_time", lambda *args: asked.append(args[2]) or draw(*args)
+    )
+    model = copy.deepcopy(pretrained())
+    model.spec = replace(model.spec, temporal=4)
+    running = session(tmp_path, algorithm="nft", model=model, frames=9)
+    clean = torch.zeros(2, *running.shape)
+    online.noised(running, clean, torch.arange(2), 0, 1)
+    assert asked == [3] == [clean.shape[1]]
 
 
 def test_rollouts_of_clips_have_the_shift_that_the_model_has_for_clips(tmp_path, monkeypatch):

@@ -847,6 +847,14 @@ def test_two_processes_are_one(shop, words, request):
     start = read_tensors(latest(shop.folder / "runs" / "base") / "ema.safetensors")
     assert any(not torch.equal(one[name], start[name]) for name in start)
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    alone, shared = (
+        (shop.folder / "runs" / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        for run in (f"alone_{name}", f"together_{name}")
+    )
+    for row, other in zip(map(json.loads, alone), map(json.loads, shared), strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - {"timestamp", "wall_s", "run_id", "seconds", "reward_seconds"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
 
 
 @pytest.mark.slow

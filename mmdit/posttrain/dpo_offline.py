@@ -16,6 +16,7 @@ from torch import Tensor
 from mmdit.config import ConfigError, encode
 from mmdit.files import clean, write_atomically
 from mmdit.foreign import explain_errors
+from mmdit.posttrain.means import Means
 from mmdit.posttrain.online import extremes, pair_terms
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
@@ -49,18 +50,14 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
             len(prompts), generator=generator(session.seed, "pairs", session.state.step)
         )
         drawn = order[:batch][world.rank :: world.size]
-        numbers: dict[str, list[Tensor]] = defaultdict(list)
+        means = Means()
         for rows in drawn.split(max(1, session.config.micro_batch // 2)):  # both of each pair
             win, lose = (pairs[name][rows].to(session.device).float() for name in ("win", "lose"))
             share = len(rows) / len(drawn)
             for loss, more in pair_terms(session, win, lose, prompts[rows], rows):
                 (loss * share).backward()
-                for name, value in more.items():
-                    numbers[name].append(value.detach() * share)
-        report, count = session.update(), session.config.draws_per_sample
-        return report | {
-            name: torch.stack(some).sum().item() / count for name, some in numbers.items()
-        }
+                means.add(more, share)
+        return session.update() | means.over(world)
 
     return update
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain import dynamics, losses
 from mmdit.posttrain.advantages import advantages
+from mmdit.posttrain.means import Means
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.trajectory import Rollout
 from mmdit.rng import Draws
@@ -37,22 +37,39 @@ def online_epoch(session: Session) -> dict[str, float]:
         f"reward_{name}_std": value.std(correction=0).item() for name, value in rewards.items()
     }
     report["reward_seconds"], pool.seconds = pool.seconds, 0.0
-    numbers: dict[str, list[Tensor]] = defaultdict(list)
-    share = len(rollouts) // updates
+    worth, means = worth.float(), Means()
+    samples, count = len(worth) // updates, len(rollouts) // updates
     for update in range(updates):
-        for rollout in rollouts[update * share : (update + 1) * share]:
+        whole = update * samples + torch.arange(samples)
+        for rollout in rollouts[update * count : (update + 1) * count]:
+            share = share_of(session, worth, prompts, rollout.indices, whole)
             rollout = rollout.to(session.device)  # this micro-batch alone is on the device
-            values = worth[rollout.indices].float().to(session.device)
+            values, parts = worth[rollout.indices].to(session.device), []
             for loss, more in terms(session, rollout, values):
                 (loss / share).backward()
-                for name, value in {"loss": loss, **more}.items():
-                    numbers[name].append(value.detach().float())
+                parts.append(loss.detach())
+                means.add(more, 1 / share)
+            if parts:
+                means.add({"loss": torch.stack(parts).sum()}, 1 / share)
         if update == 0:
-            report["replay"] = check_replay(session, numbers.get("ratio_off", []))
+            report["replay"] = check_replay(session, means.values.get("ratio_off", []))
         report |= session.update()
     session.policy.renew_old(share_of_old(session))
-    means = {name: torch.stack(some).mean().item() for name, some in numbers.items()}
-    return report | means
+    return report | means.over(session.world)
+
+
+def share_of(
+    session: Session, worth: Tensor, prompts: Tensor, part: Tensor, whole: Tensor
+) -> float:
+    """Return by what the mean loss of a micro-batch is divided, so that those of an update add up,
+    in the mean over processes, to its mean: over samples, with DPO over pairs, of which a
+    micro-batch may have any number. `part` and `whole`: places of both in the epoch."""
+    part_size, whole_size = len(part), len(whole)
+    if session.config.algorithm == "dpo":
+        part_size, whole_size = (
+            len(extremes(worth[rows], prompts[rows])[0]) for rows in (part, whole)
+        )
+    return whole_size / max(1, session.world.size * part_size)
 
 
 def share_of_old(session: Session) -> float:
@@ -64,9 +81,10 @@ def share_of_old(session: Session) -> float:
 
 
 def check_replay(session: Session, offs: list[Tensor]) -> float:
-    """Return how far from 1 a ratio is before the first update of an epoch. RunError: further than
-    rounding explains, for the policy is the one that sampled."""
-    off = max((value.item() for value in offs), default=0.0)
+    """Return how far from 1 a ratio of any process is before the first update of an epoch.
+    RunError: further than rounding explains, for the policy is the one that sampled."""
+    local = max((value.item() for value in offs), default=0.0)
+    off = max(session.world.gather(local))
     tolerance = session.config.ratio.replay_tolerance
     if off > tolerance:
         raise RunError(
@@ -134,7 +152,7 @@ def noised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(x, noise, sigma (B,))` of the `number`-th of `count` draws of this update."""
     draws = Draws(session.seed, session.state.step * count + number, indices.to(session.device))
-    sigma = session.learner.objective.draw_time(draws, session.frames).float().clamp(1e-2, 1.0)
+    sigma = session.learner.objective.draw_time(draws, session.shape[0]).float().clamp(1e-2, 1.0)
     sigma = session.levels.inside(sigma)
     noise, level = draws.normal("noise", *session.shape), losses.wide(sigma, clean)
     return (1 - level) * clean + level * noise, noise, sigma

@@ -1,0 +1,38 @@
+"""Means of what micro-batches report, over an epoch and all processes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from mmdit.training.distributed import World
+
+
+class Means:
+    """Holds scalars by name, on their device until they are asked for, each with its weight."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.weights: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, numbers: dict[str, Tensor], weight: float) -> None:
+        """Note some numbers, which count `weight` times."""
+        for name, value in numbers.items():
+            self.values[name].append(value.detach().float())
+            self.weights[name].append(weight)
+
+    def over(self, world: World) -> dict[str, float]:
+        """Return the weighted mean of each number that any process has, on every one."""
+        sums: dict[str, tuple[float, float]] = {}
+        for name, values in self.values.items():
+            weights = torch.tensor(self.weights[name], dtype=torch.float64)
+            weighted = torch.stack(values).cpu().double() * weights
+            sums[name] = weighted.sum().item(), weights.sum().item()
+        means = {}
+        parts = world.gather(sums)
+        for name in dict.fromkeys(name for part in parts for name in part):
+            there = [part[name] for part in parts if name in part]
+            means[name] = sum(total for total, _ in there) / sum(weight for _, weight in there)
+        return means

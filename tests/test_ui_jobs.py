@@ -511,6 +511,13 @@ def test_stopping_is_sigterm_and_what_it_does_is_the_commands(store):
     assert wait(store, job, has("stopped")) and "saved" in store.log(job.id)
 
 
+def test_a_job_can_be_stopped_before_its_runner_is_there(store):
+    job = start(store, "print('ran')")
+    store.stop(job.id)  # its runner is still being imported
+    assert wait(store, job, lambda state: state.is_over).reason == "before it was started"
+    assert "ran" not in store.log(job.id)
+
+
 def test_jobs_of_one_device_wait_for_each_other(store):
     first = start(store, WAITS, "cpu")
     wait(store, first, has("running"))

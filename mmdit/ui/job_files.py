@@ -24,6 +24,7 @@ from mmdit.ui.processes import is_alive, is_identity, terminate
 
 FOLDER = ".jobs"
 NAME = re.compile(r"\d{5,}")
+STOP = "stop"  # the file by which a runner that is not there yet is asked to stop
 STOPPED = (0, 130, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of who was asked to stop
 RUNNER = (sys.executable, "-m", "mmdit.ui.job_runner")
 START_SECONDS = 30  # in which a runner must have said that it is there
@@ -233,7 +234,10 @@ class JobStore:
         return (errors or lines or [""])[-1].removeprefix("error: ")
 
     def stop(self, job: str) -> None:
-        """Ask a job to stop: SIGTERM, upon which a training saves and ends."""
+        """Ask a job to stop: SIGTERM, upon which a training saves and ends. A runner that has not
+        said yet that it is there looks for a file when it has."""
+        if not self.status(job):
+            (self.path(job) / STOP).touch()
         status = self.status(job)
         runner, child = status.get("runner"), status.get("child")
         if is_alive(runner):

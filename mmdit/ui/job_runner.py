@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from mmdit.files import write_atomically
-from mmdit.ui.job_files import JobStore
+from mmdit.ui.job_files import STOP, JobStore
 from mmdit.ui.processes import identity, terminate
 
 LOOK_SECONDS = 0.25
@@ -58,6 +58,7 @@ class Runner:
         """Take the job to its end."""
         signal.signal(signal.SIGTERM, self.stop)
         self.note()
+        self.asked = self.asked or (self.folder / STOP).exists()
         while not self.asked and self.waits():
             time.sleep(LOOK_SECONDS)
         if self.asked:

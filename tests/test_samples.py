@@ -237,6 +237,15 @@ def test_the_sum_of_weights_knows_every_part_of_them():
     assert len(sums) == 10 and len(sums | {weights_digest({"other": network}, picture)}) == 11
 
 
+def test_a_picture_of_which_one_pixel_is_another_is_another_picture():
+    picture = torch.zeros(1, 3, 200, 200)
+    sums = {weights_digest({}, picture)}
+    for place in (1, 777, 50_001):
+        picture.view(-1)[place] = 1.0
+        sums.add(weights_digest({}, picture))
+    assert len(sums) == 4
+
+
 def test_guidance_of_a_prompt_is_for_both_experts():
     common = SampleSettings(cfg_scale=4.0, cfg_scale_low=3.0)
     alone = Request("a").settings(common)

@@ -533,6 +533,15 @@ def test_captions_are_found_however_accents_are_composed(tmp_path):
     assert sorted(record.caption for record in records) == ["apart", "whole"]
 
 
+def test_lines_of_pictures_that_are_all_gone_are_gone(tmp_path):
+    for name in ("a.png", "b.mp4"):
+        (tmp_path / name).touch()
+    prepare_folder(tmp_path)
+    (tmp_path / "a.png").unlink()
+    assert prepare_folder(tmp_path).left_out == ["a.png"]
+    assert sorted(files_below(tmp_path)) == ["b.mp4", "train_videos.jsonl"]
+
+
 def test_folder_without_media_and_captions_per_line(tmp_path):
     with pytest.raises(ValueError, match="no picture or video in"):
         prepare_folder(tmp_path)

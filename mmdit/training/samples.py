@@ -72,19 +72,18 @@ def check_files(**paths: str | None) -> None:
 @torch.no_grad()
 def weights_digest(networks: dict[str, nn.Module], *more: Tensor | None) -> str:
     """Return what tells these weights from others, and of pictures `more` that samples depend on:
-    a hash of names, shapes and up
-    to ELEMENTS elements of each, evenly spread. Training, an average and an adapter move them
-    all."""
+    a hash of names, shapes, up to ELEMENTS elements of each weight, evenly spread, and all of each
+    picture. Training, an average and an adapter move all weights; of a picture a corner may be
+    another."""
     digest = hashlib.sha256()
     tensors = [
-        (f"{part}.{name}", value)
+        (f"{part}.{name}", value, max(1, value.numel() // ELEMENTS))
         for part, network in networks.items()
         for name, value in network.state_dict().items()
     ]
-    tensors += [(f"picture {i}", value) for i, value in enumerate(more) if value is not None]
-    for name, value in tensors:
-        flat = value.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // ELEMENTS)]
+    tensors += [(f"picture {i}", value, 1) for i, value in enumerate(more) if value is not None]
+    for name, value, stride in tensors:
+        some = value.detach().reshape(-1)[::stride]
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(
             some.to("cpu", torch.float64 if value.is_floating_point() else value.dtype)

@@ -259,8 +259,8 @@ def prepare_folder(
     split: str = "train",
     per_line: bool = False,
 ) -> FolderReport:
-    """Write `<split>_images.jsonl` and `<split>_videos.jsonl`, if not empty, into `out_dir`, or
-    into the folder itself. ValueError: no media in it."""
+    """Write `<split>_images.jsonl` and `<split>_videos.jsonl` into `out_dir`, or into the folder
+    itself; one that would be empty is not there. ValueError: no media in it."""
     folder, out_dir = Path(folder), Path(out_dir or folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -322,6 +322,8 @@ def prepare_folder(
         if rows:
             write_atomically(path, "".join(rows))
             report.written.append(path)
+        else:  # the lines of an earlier run, if any, are of files that are not there
+            path.unlink(missing_ok=True)
     return report
 
 

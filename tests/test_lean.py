@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmdit.commands.plan_memory.memory_plan import parked_moments
 from mmdit.config import ConfigError
 from mmdit.interfaces import Network
 from mmdit.training.memory import lean
@@ -146,6 +147,8 @@ def test_moments_that_wait_elsewhere_change_no_bit(tmp_path, monkeypatch, chunk)
         len(list(state.learner.parameters())) if chunk == 1 else 1
     )
     homes = state.optimizer.parking.parked
+    planned = parked_moments([*state.learner.parameters()])
+    assert sorted(planned) == sorted(moment.nbytes for moment in homes.values())
     moments = [
         (id(p), name) for p, own in state.optimizer.state.items() for name in own if name != "step"
     ]

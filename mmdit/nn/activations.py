@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from mmdit.nn.page_locked import PageLocked, laid_out
+
 
 class Settings(Protocol):
     @property
@@ -92,16 +94,6 @@ def same(x: Tensor, y: Tensor) -> bool:
     return next(layouts) == next(layouts)
 
 
-def page_locked_bytes(size: int) -> int:
-    """Return what `size` bytes of page-locked memory take: torch has powers of two of it."""
-    return 1 << (size - 1).bit_length()
-
-
-def host_memory(size: int, pinned: bool) -> Tensor:
-    """Return `size` bytes of the memory of the CPU, page-locked ones if `pinned`."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-
-
 class Sent:
     """Holds what one block has sent away, as long as somebody wants it. `before` is the block
     before it, whose tensors are wanted next."""
@@ -149,9 +141,9 @@ class Away:
         self.layout, self.dtype, self.sent = (x.shape, x.stride()), x.dtype, sent
         self.uses, self.given = 1, 0
         self.channel = channel(x.device)
-        memory = self.channel.take(x.nbytes)
-        weakref.finalize(self, self.channel.give, memory)
-        self.numbers = memory[: x.nbytes].view(x.dtype).as_strided(*self.layout)
+        memory = self.channel.memory.take(x.nbytes)
+        weakref.finalize(self, self.channel.memory.give, memory)
+        self.numbers = laid_out(memory, x)
         self.arriving: Tensor | None = None
         self.leaving: Tensor | None = x
         self.done = self.channel.copy(self.numbers, x)
@@ -183,23 +175,14 @@ class Away:
 
 
 class Channel:
-    """Copies between a device and the memory of the CPU, one after another on a stream of its own,
-    and keeps memory that was given back, by size. All copies go through it, so memory may be taken
-    again as soon as it is given."""
+    """Copies between a device and the memory of the CPU, one after another on a stream of its own.
+    All copies to and from `memory` go through it, so a piece may be taken again as soon as it is
+    given."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.free: dict[int, list[Tensor]] = {}
-
-    def take(self, size: int) -> Tensor:
-        """Return at least `size` bytes: all that page-locked memory of that size takes."""
-        size = page_locked_bytes(size)
-        unused = self.free.get(size)
-        return unused.pop() if unused else host_memory(size, self.stream is not None)
-
-    def give(self, memory: Tensor) -> None:
-        self.free.setdefault(len(memory), []).append(memory)
+        self.memory = PageLocked(pinned=self.stream is not None)
 
     @torch.no_grad()
     def copy(self, to: Tensor, what: Tensor) -> torch.cuda.Event | None:

@@ -58,7 +58,7 @@ class Optimizer:
             for group in part.param_groups
             for parameter in group["params"]
         }
-        self.parking = Parking() if offload else None
+        self.parking = Parking(next(iter(self.part_of)).is_cuda) if offload else None
         self.found_inf: Tensor | None = None
         self.scale: Tensor | None = None
 

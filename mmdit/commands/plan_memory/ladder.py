@@ -172,7 +172,7 @@ def _both_experts(plan: MemoryPlan, config: ExperimentConfig) -> MemoryPlan:
     return replace(
         plan,
         weights=plan.weights + further,
-        host=2 * plan.host,
+        host=2 * plan.host - plan.host_activations,  # one network computes at a time
         optimizer=count * plan.optimizer,
         ema=count * plan.ema,
     )

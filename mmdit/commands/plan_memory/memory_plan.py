@@ -17,7 +17,7 @@ import gc
 import importlib
 import importlib.util
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from unittest import mock
 
@@ -38,7 +38,7 @@ from mmdit.interop.wan_weights import prepare
 from mmdit.models import video_mmdit, wan
 from mmdit.models.wan import WanConfig
 from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
-from mmdit.nn import activations, kernels
+from mmdit.nn import activations, kernels, page_locked
 from mmdit.nn.stored_weights import parts_of
 from mmdit.rng import Draws
 from mmdit.training.ema import EMAConfig
@@ -70,7 +70,7 @@ TABLES = (
 class MemoryPlan:
     """Bytes. `activations`: what a forward pass keeps for the backward pass. `workspace`: what the
     peak has beyond the parts before it; below 0 where the last gradients come after most
-    activations have gone. `host`: page-locked, on the CPU.
+    activations have gone. `host`: page-locked, on the CPU; `host_activations`: what of it they.
     """
 
     weights: int
@@ -80,15 +80,17 @@ class MemoryPlan:
     activations: int
     workspace: int
     host: int = 0
+    host_activations: int = 0
 
     @property
     def total(self) -> int:
         """Return the peak on the device, as `torch.cuda.max_memory_allocated` tells it."""
-        return sum(value for name, value in asdict(self).items() if name != "host")
+        away = ("host", "host_activations")
+        return sum(value for name, value in asdict(self).items() if name not in away)
 
     def describe(self) -> str:
         rows = asdict(self) | {"total": self.total}
-        host = rows.pop("host")
+        host, _ = rows.pop("host"), rows.pop("host_activations")
         lines = [f"{name:12}{value / 1e9:10.3f} GB" for name, value in rows.items()]
         return "\n".join(lines + [f"{'on the CPU':12}{host / 1e9:10.3f} GB"] * bool(host))
 
@@ -175,7 +177,7 @@ def without_memory():
         return _FusedNorm.apply(x, weight)
 
     def host_memory(size: int, pinned: bool) -> Tensor:
-        meter.host += size
+        meter.host += page_locked.rounded(size)
         return torch.empty(size, dtype=torch.uint8, device="meta")
 
     meter = Meter()
@@ -197,7 +199,7 @@ def without_memory():
             for name, path in kernels.MODULES.items():
                 patch(kernels, name, importlib.import_module(path))
         patch(activations, "leaves", lambda x: True)
-        patch(activations, "host_memory", host_memory)
+        patch(page_locked, "host_memory", host_memory)
         patch(activations, "channel", functools.cache(activations.Channel))
         patch(torch, "unique", unique)
         patch(nn.functional, "rms_norm", rms_norm)
@@ -215,7 +217,7 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     bits, Muon one moment a matrix.
     """
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    halves = any(p.dtype == torch.bfloat16 for p in trained.values())
+    halves = is_split(trained.values())
     size = (6 if halves else 8) * sum(p.numel() for p in trained.values())
     if train.optimizer == "muon" and not halves:
         matrices = (trained.get(f"model.{name}") for name in learner.model.matrices())
@@ -223,6 +225,17 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
     if train.offload_optimizer:
         return 0, min(size, 8 * max([CHUNK, *(p.numel() for p in trained.values())]))
     return size, 0
+
+
+def is_split(trained: Iterable[Tensor]) -> bool:
+    """Return whether `SplitAdamW` trains these weights."""
+    return any(p.dtype == torch.bfloat16 for p in trained)
+
+
+def parked_moments(trained: Sequence[Tensor]) -> Iterator[int]:
+    """Yield the bytes of each tensor that `train.offload_optimizer` keeps on the CPU."""
+    for p in trained:
+        yield from [p.nbytes] * (3 if is_split(trained) else 2)
 
 
 def plan_memory(
@@ -289,6 +302,9 @@ def _plan(
         before = meter.peak = meter.live
         gradients = sum(p.nbytes for p in trained)
         activations = max(micro_batch() for _ in range(min(2, train.grad_accum_steps)))
+        host_activations, parked = meter.host, page_locked.PageLocked(pinned=True)
+        for size in parked_moments(trained) if train.offload_optimizer else ():
+            parked.take(size)
     state, visiting = optimizer_bytes(learner, train)
     signs = (
         sum(p.numel() for p in trained)
@@ -329,6 +345,7 @@ def _plan(
         activations,
         peak - constant - gradients - activations,
         host,
+        host_activations,
     )
 
 

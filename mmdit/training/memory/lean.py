@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.adapters import is_adapter
+from mmdit.nn.page_locked import PageLocked, laid_out
 from mmdit.training.memory.shards import local
 
 CHUNK = 2**26  # parameters whose moments are on the GPU at a time
@@ -110,10 +111,11 @@ def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:
 
 
 class Parking:
-    """Moments live in page-locked memory of the CPU, and visit the device of their parameters while
-    these are stepped."""
+    """Moments live in the memory of the CPU, page-locked if `pinned`, and visit the device of their
+    parameters while these are stepped."""
 
-    def __init__(self):
+    def __init__(self, pinned: bool):
+        self.memory = PageLocked(pinned)
         # By the id of a parameter and the name of a moment.
         self.parked: dict[tuple[int, str], Tensor] = {}
 
@@ -128,7 +130,7 @@ class Parking:
                 value = state[name]
                 parked = self.parked.get((id(p), name))
                 if parked is None:
-                    parked = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                    parked = laid_out(self.memory.take(value.nbytes), value)
                     self.parked[id(p), name] = parked
                 parked.copy_(value, non_blocking=True)
                 state[name] = parked

@@ -14,25 +14,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdit.config import ConfigError
-from mmdit.nn.activations import page_locked_bytes
+from mmdit.nn.page_locked import PageLocked, aligned, page_locked_bytes
 from mmdit.nn.stored_weights import Parts, StoredWeight, linear_layers, parts_of
 from mmdit.training.learner import Learner
-
-ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
 
 
 class Streamer:
     """Streams the frozen weights of linear layers of `blocks`, which are listed in the order in
-    which they compute, from CPU to GPU memory. They leave the modules for page-locked memory (of
-    sizes rounded up to powers of two by torch), and two blocks' worth of memory on `device` takes
-    turns: while one block computes, a second stream fills the other with the next one in the
-    direction of travel, which turns round at the ends: forward, backward and recomputing all find
-    theirs there. ValueError: nothing is frozen there."""
+    which they compute, from CPU to GPU memory. They leave the modules for page-locked memory, and
+    two blocks' worth of memory on `device` takes turns: while one block computes, a second stream
+    fills the other with the next one in the direction of travel, which turns round at the ends:
+    forward, backward and recomputing all find theirs there. ValueError: nothing is frozen there."""
 
     def __init__(self, blocks: list[nn.Module], device: torch.device):
         self.device = device
         # The pinned CPU memory of each block, and the two pieces of GPU memory that take turns.
-        self.pinned = [self._move(number, block) for number, block in enumerate(blocks)]
+        memory, sizes = PageLocked(device.type == "cuda"), [*map(_size, blocks)]
+        if 0 in sizes:
+            raise ValueError(
+                f"block {sizes.index(0)} has no frozen linear layer: all its weights are trained"
+            )
+        self.pinned = []
+        for number, (block, size) in enumerate(zip(blocks, sizes, strict=True)):
+            piece = memory.take(size, wanted=sizes[number:].count(size))
+            self.pinned.append(self._move(number, block, piece[:size]))
         largest = max(map(len, self.pinned))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]
@@ -40,16 +45,9 @@ class Streamer:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.arrived = [torch.cuda.Event() for _ in range(2)] if self.side else []
 
-    def _move(self, number: int, block: nn.Module) -> Tensor:
+    def _move(self, number: int, block: nn.Module, pinned: Tensor) -> Tensor:
         layers = linear_layers(block)
-        if not layers:
-            raise ValueError(
-                f"block {number} has no frozen linear layer: all its weights are trained"
-            )
         kept, offsets = _layout(layers)
-        pinned = torch.empty(
-            offsets[-1], dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda"
-        )
         places = iter(offsets)
         for layer, parts in zip(layers, kept, strict=True):
             views = []
@@ -110,8 +108,13 @@ def _layout(layers: list[nn.Linear]) -> tuple[list[list[Tensor]], list[int]]:
     """Return what is kept of each layer, and the byte where each part of it begins, with the end of
     all."""
     kept = [parts_of(layer.weight) for layer in layers]
-    sizes = (-(-part.nbytes // ALIGNMENT) * ALIGNMENT for parts in kept for part in parts)
+    sizes = (aligned(part.nbytes) for parts in kept for part in parts)
     return kept, [0, *accumulate(sizes)]
+
+
+def _size(block: nn.Module) -> int:
+    """Return the bytes that a `Streamer` keeps of a block."""
+    return _layout(linear_layers(block))[1][-1]
 
 
 def _both(views: Sequence[Callable[[Tensor], Tensor]], memory: Tensor) -> Parts:
@@ -123,8 +126,8 @@ def _both(views: Sequence[Callable[[Tensor], Tensor]], memory: Tensor) -> Parts:
 def slot_bytes(blocks: Iterable[nn.Module]) -> tuple[int, int, int]:
     """Return the bytes that a `Streamer` of these blocks would move from the device, take on the
     device, and take on the CPU."""
-    sizes = [_layout(linear_layers(block))[1][-1] for block in blocks]
-    return sum(sizes), 2 * max(sizes), sum(map(page_locked_bytes, sizes))
+    sizes = [*map(_size, blocks)]
+    return sum(sizes), 2 * max(sizes), page_locked_bytes(sizes)
 
 
 def _view(offset: int, size: int, dtype: torch.dtype, shape: torch.Size, memory: Tensor) -> Tensor:

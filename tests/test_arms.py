@@ -42,6 +42,7 @@ from tests.drivers.arms.hidden import reveal
 from tests.drivers.arms.model import CHANGES, ArmsConfig, build_arms
 from tests.drivers.arms.objective import ArmsFlowMatching, ArmsFlowMatchingConfig
 from tests.drivers.gpu_arms import arms
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,7 +245,7 @@ def test_no_arm_watches_calls_so_that_they_may_be_replayed(names):
     assert not can_replay(model, gpu), "this is what is asked"
 
 
-@pytest.mark.parametrize("names, depth", [(TOGETHER, 3), (["sprint", "u_skips"], 5)])
+@pytest.mark.parametrize("names, depth", [*thorough((TOGETHER, 3)), (["sprint", "u_skips"], 5)])
 def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
     """Record the operations of a step, as a GPU records its kernels: with other numbers they are
     another step, for nothing is read from a tensor, drawn, or kept from call to call."""
@@ -276,7 +277,7 @@ def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
             assert not [place for place in places if place.dtype == torch.bool], node
 
 
-@pytest.mark.parametrize("names, depth", [(TOGETHER, 3), (["sprint", "u_skips"], 5)])
+@pytest.mark.parametrize("names, depth", [*thorough((TOGETHER, 3)), (["sprint", "u_skips"], 5)])
 @torch.no_grad()
 def test_a_step_of_sampling_with_arms_is_one_graph_of_latents_and_times(names, depth):
     model = awake(changed(*names, depth=depth)).eval()

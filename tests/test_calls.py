@@ -23,6 +23,7 @@ from mmdit.training.graphs.sampling_graphs import Calls
 from mmdit.training.learner import Learner
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from tests.helpers.tapes import pretended_graphs
+from tests.helpers.thorough import thorough
 
 CAPTIONS = ["a red ball", "two blue boxes"]
 DEPTH, CHANNELS = 3, 12
@@ -132,7 +133,7 @@ def test_prepared_text_gives_the_same_bits(variant, frames, autocast):
         ({"cfg_scale": 2.0, "precision": "bf16"}, 1),
     ],
 )
-@pytest.mark.parametrize("adapter", ["", "lora"])
+@pytest.mark.parametrize("adapter", [*thorough(""), "lora"])
 def test_a_run_makes_keys_and_values_once_for_each_kind_of_captions(settings, captions, adapter):
     model = network(adapter)
     expected = draw_plainly(model, **settings)
@@ -166,7 +167,8 @@ def tapes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"crop": True}, {"adapter": "lokr"}, {"pooled_text": False}]
+    "variant",
+    [*thorough({}), {"crop": True}, *thorough({"adapter": "lokr"}, {"pooled_text": False})],
 )
 @pytest.mark.parametrize(
     "settings, graphs",

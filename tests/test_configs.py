@@ -19,6 +19,7 @@ from mmdit.rng import Draws
 from mmdit.scripts import cache_moving_shapes, cache_vtp_images, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
+from tests.helpers.thorough import thorough_unless
 from tests.helpers.tiny import FOUR_STEPS, TINY_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +145,23 @@ def bucket_cache(path: Path, folder: Path, words: list[str]) -> Path:
     return folder / "cache"
 
 
-@every_config
+TRAINED = {
+    "quickstart",
+    "t2i_emoji_256",
+    "t2i_vtp_256_flow_matching_anime_buckets",
+    "t2v_clips_256_16f",
+    "t2v_vtp_256_32f",
+    "t2v_vtp_64_16f",
+    "t2v_vtp_720_refine",
+    "t2v_vtp_720_super_resolution",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    thorough_unless(lambda path: path.stem in TRAINED, CONFIGS),
+    ids=lambda path: path.stem,
+)
 def test_a_config_trains_and_draws(path, tmp_path, capsys):
     words, cache = shrunk(path, tmp_path), tmp_path / "cache"
     config = load_experiment_config(path, words)

@@ -9,16 +9,56 @@ import torch
 
 from mmdit.nn import kernels
 from tests.helpers.interpreter import interpreted
+from tests.helpers.thorough import thorough
+
+ROUNDING = """
+import torch
+from mmdit.nn import kernels, products
+generator = torch.Generator().manual_seed(0)
+def integers(low, high, *shape):
+    return torch.randint(low, high, shape, generator=generator)
+whole = integers(-8, 9, 37, 96) * 2.0 ** integers(-3, 5, 37, 96)
+# So codes are these numbers; what lies between them Triton's interpreter rounds in its own way.
+whole[:, 0] = 448
+whole[3] = 0
+x = whole * torch.logspace(-20, 20, 37, base=2).log2().round().exp2()[:, None]
+kernels.rounding.PROGRAMS = 5
+for columns in (None, 2.0 ** integers(-2, 3, 96)):
+    found, scale = products.codes(x if columns is None else (x / columns).bfloat16(), columns)
+    assert torch.equal(found.float(), whole), (found.float() - whole).abs().max()
+    assert torch.equal(scale[4:] * 448, x[4:, :1].abs())
+    assert scale[3] > 0
+kernels.can_run = lambda x: False
+found, scale = products.codes(x)
+assert torch.equal(found.float(), whole)
+"""
+
+
+def apart(*cases: int, further: str = "") -> dict[str, float]:
+    """Return how far results of kernels are from those of the plain path, by case."""
+    words = ["--cases", *map(str, cases)]
+    code = f"from tests.drivers import fused_kernels; fused_kernels.main({words})\n{further}"
+    rows = map(json.loads, interpreted(code).splitlines())
+    return {row["case"]: row["fused_to_plain"] for row in rows}
+
+
+def test_a_small_block_agrees_with_the_plain_path_and_rounding_does_exactly():
+    distances = apart(9, further=ROUNDING)
+    assert len(distances) == 3 and max(distances.values()) < 2e-5, distances
 
 
 # The other cases: tests/drivers/fused_kernels.py, also for GPUs.
-@pytest.mark.parametrize("case", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7, 8))])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *thorough(1),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7, 8)),
+    ],
+)
 def test_whole_models_and_attention_to_text_agree_with_the_plain_path(case):
     """Attention to text by one program and by several."""
-    words = ["--cases", str(case)]
-    lines = interpreted(f"from tests.drivers import fused_kernels; fused_kernels.main({words})")
-    apart = {row["case"]: row["fused_to_plain"] for row in map(json.loads, lines.splitlines())}
-    assert len(apart) == 3 and max(apart.values()) < 2e-5, apart
+    distances = apart(case)
+    assert len(distances) == 3 and max(distances.values()) < 2e-5, distances
 
 
 OWN = {

@@ -63,6 +63,7 @@ def started(folder: Path, out: str, *words: str, module: str = "mmdit") -> warm.
     return warm.Process("-m", *command, "--device", "cpu", "--out", folder / out, *words)
 
 
+@pytest.mark.thorough
 def test_weights_and_scores_are_those_of_separate_processes_to_the_bit(tmp_path):
     """Compare both ways for a recipe of a program that knows more, whose networks draw from torch's
     own generator."""
@@ -88,6 +89,7 @@ def test_weights_and_scores_are_those_of_separate_processes_to_the_bit(tmp_path)
     assert typed[0].replace("/apart", "/together") == typed[1], "what was typed is recorded alike"
 
 
+@pytest.mark.thorough
 def test_a_training_that_is_asked_to_stop_saves_and_ends_and_goes_on(tmp_path):
     steps = ["train.max_steps=100", "train.save_every_steps=100000"]
     toy(tmp_path, {"name": "a", "overrides": steps}, {"name": "b", "overrides": steps[1:]})

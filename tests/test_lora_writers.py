@@ -14,6 +14,7 @@ from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
 from mmdit.interop.wan_weights import save_dit
 from tests.helpers import lora_writers
 from tests.helpers.lora_writers import CASES, LAYERS, RECORDED, base, place, seen
+from tests.helpers.thorough import thorough
 from tests.test_wan import refused
 
 KINDS = {
@@ -188,7 +189,7 @@ def as_comfy_computes(path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("format", ["comfy", "kohya", "peft", "diffusers"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *thorough(torch.bfloat16)])
 def test_what_we_write_is_what_was_trained(tmp_path, kind, format, dtype):
     model = trained(kind)
     path = tmp_path / ("saved" if format == "peft" else "saved.safetensors")

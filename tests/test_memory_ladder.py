@@ -28,7 +28,12 @@ from mmdit.commands.plan_memory.ladder import (
     plan_training,
     variant_sizes,
 )
-from mmdit.commands.plan_memory.memory_plan import Meter, random_denoiser, stored_bytes
+from mmdit.commands.plan_memory.memory_plan import (
+    MemoryPlan,
+    Meter,
+    random_denoiser,
+    stored_bytes,
+)
 from mmdit.config import ConfigError, apply_overrides, decode
 from mmdit.experiment.build import build_learner
 from mmdit.experiment.experiment_config import ExperimentConfig
@@ -48,6 +53,7 @@ from mmdit.training.step_report import Window
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import CONFIG, Workshop, refused
 from tests.helpers.wan_release import (
     DIT,
@@ -217,7 +223,7 @@ def passes(model, autocast):
     "encoding, autocast",
     [(None, False), (None, True), ("float8", True), ("int8", True), ("nf4", False), ("nf4", True)],
 )
-@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize("blocks", [2, *thorough(1, 5)])
 def test_offloaded_blocks_compute_the_same_bits(blocks, encoding, autocast, checkpointing):
     options = {"checkpointing": checkpointing, "encoding": encoding}
     moved = adapted(**options)
@@ -290,6 +296,7 @@ def test_runs_on_offloaded_blocks_write_the_same_checkpoints_and_go_on(tmp_path,
     )
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_base_of_fewer_bits_is_resumed_and_sampled(tmp_path):
     shop = Shop(tmp_path)
     words = [
@@ -383,13 +390,15 @@ def case(name, tmp_path, *words):
 
 
 CASES = [
-    ("wan",),
     ("wan", "model.checkpointing=true"),
-    ("wan", "model.dtype=float8"),
     ("wan", "model.dtype=nf4"),
+    ("mmdit",),
+]
+MORE_CASES = [
+    ("wan",),
+    ("wan", "model.dtype=float8"),
     ("wan", "model.dtype=float32"),
     ("wan", "model.first_frame=1"),
-    ("mmdit",),
     ("mmdit", "model.checkpointing=true", "train.optimizer=muon"),
     ("mmdit", "train.precision=pure_bf16", "ema.enabled=false"),
     (
@@ -403,7 +412,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("words", CASES, ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [*CASES, *thorough(*((words,) for words in MORE_CASES))], ids=" ".join
+)
 def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
     monkeypatch.setattr(
         memory_plan.importlib.util, "find_spec", lambda name: None
@@ -494,6 +505,7 @@ def row_bytes(encoding: str, columns: int) -> int:
     return columns + 4
 
 
+@pytest.mark.thorough
 def test_checkpointing_fewer_bits_and_offloading_each_save_what_they_promise(tmp_path):
     words = ["video={width: 128, height: 128, num_frames: 9}"]
     config, _, sizes = case("wan", tmp_path, *words)
@@ -538,7 +550,18 @@ def test_checkpointing_fewer_bits_and_offloading_each_save_what_they_promise(tmp
     assert fewer["int8"].weights - away.weights == 3 * block - 2 * block >= codes
 
 
-def test_pairs_count_both_bases_or_share_one(tmp_path):
+def test_what_waits_on_the_cpu_is_counted_there(tmp_path):
+    small = "video={width: 64, height: 64, num_frames: 5}"
+    sends = ("model.checkpointing=true", "model.offload_activations=true")
+    config, build, sizes = case("wan", tmp_path, small, *sends, "train.offload_blocks=2")
+    plan = plan_training(config, replace(sizes, num_layers=2))
+    block, _, locked = slot_bytes([build().model.blocks[0]])
+    stream = math.prod(latent_shape(config)[:4]) // 4 * sizes.dim * 4
+    powers = [2 ** math.ceil(math.log2(size)) for size in (block, stream)]
+    assert locked == powers[0] and plan.host == 2 * sum(powers)
+
+
+def test_pairs_count_both_bases_or_share_one():
     words = ("model.depth=1", "lora.enabled=true", "train.init_from=x")
     config, pair = tiny(*words), tiny(*words, "experts.enabled=true", "experts.train=both")
     learner, alone, both = (
@@ -635,6 +658,20 @@ def test_a_variant_is_what_the_config_makes_of_it(tmp_path):
     )
 
 
+def test_savings_are_tried_one_after_another_until_one_fits(tmp_path, capsys, monkeypatch):
+    """With plans of 1 GB a sample in place of computed ones."""
+    planned = lambda config, *_: MemoryPlan(10**9 * config.train.batch_size, 0, 0, 0, 0, 0)
+    monkeypatch.setattr(ladder, "plan_training", planned)
+    words = ["--config", str(Workshop(tmp_path).config), "train.batch_size=4"]
+    ends = {"5": "fits as configured", "1.2": "fits train.batch_size=1", "0.5": "does not fit"}
+    for gpu_gb, end in ends.items():
+        assert plan_memory.main([*words, "--gpu_gb", gpu_gb]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert end in lines[-1] and "4.000 GB  as configured" in lines[0]
+    assert "model.checkpointing=true" in lines[-2], "everything was tried"
+
+
+@pytest.mark.thorough
 def test_the_ladder_is_climbed_until_it_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ladder, "plan_training", cache(plan_training))
     file = tmp_path / "wan.yaml"
@@ -686,7 +723,7 @@ def test_compiled_blocks_keep_less(monkeypatch):
     )  # nothing is left behind
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", ["int8", *thorough("float8", "nf4")])
 def test_compiled_products_with_codes_meet_nothing_real(encoding):
     """A plan's tensors have no memory; one of the process's own would stop it."""
     with memory_plan.without_memory():
@@ -709,17 +746,22 @@ def test_compiled_blocks_over_codes_are_planned(tmp_path, monkeypatch):
     assert plan_training(config, sizes).weights == sum(map(stored_bytes, learner.parameters()))
 
 
+@cache
+def plan_of(*words):
+    return plan_training(tiny(*words))
+
+
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
     # making the graph of the update would be the peak of so small a network
     launched = ("model.depth=1", "train.replays=false")
-    once = plan_training(tiny(*launched))
+    once = plan_of(*launched)
     twice = plan_training(tiny(*launched, "train.grad_accum_steps=2"))
     assert twice.total - once.total > 0.5 * once.gradients and twice.activations == once.activations
 
 
 def test_making_the_graph_of_the_update_needs_all_that_it_changes_twice_more():
     small, plain = "model.depth=1", "train.replays=false"
-    replayed, launched = plan_training(tiny(small)), plan_training(tiny(small, plain))
+    replayed, launched = plan_training(tiny(small)), plan_of(small, plain)
     more = 2 * (launched.weights + launched.optimizer)
     assert replayed.total - launched.total > more / 2
     small = (small, "train.offload_optimizer=true")

@@ -30,6 +30,7 @@ from mmdit.scripts import posttrain
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
 from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import refused
 from tests.helpers.toy_posttrain import Bright, Keep, Net, pretrained, session
 from tests.test_posttrain_loops import SRPO, words
@@ -43,7 +44,9 @@ def shop(tmp_path_factory):
 
 
 # ── earlier attempts ──────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("word", ["seed=3", "posttrain.rewards=[{type: brightness, weight: -1}]"])
+@pytest.mark.parametrize(
+    "word", [*thorough("seed=3"), "posttrain.rewards=[{type: brightness, weight: -1}]"]
+)
 def test_pairs_of_an_attempt_that_saved_nothing_are_taken_only_where_they_would_be_made_again(
     shop, word
 ):

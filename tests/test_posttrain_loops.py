@@ -33,6 +33,7 @@ from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
 from tests.drivers import show_posttrain
 from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import FOUR_STEPS, refused
 from tests.helpers.toy_posttrain import Colour, Glass, Keep, RedOverBlue, pretrained, run, session
 from tests.test_processes import drive
@@ -112,8 +113,10 @@ def first_update(folder, **changes):
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "checkpointing, dtype",
+    [(False, "fp32"), *thorough((False, "bf16"), (True, "fp32")), (True, "bf16")],
+)
 def test_every_ratio_is_one_before_the_first_update(tmp_path, dtype, checkpointing):
     model = transformer(checkpointing)
     few = {"model": model, "prompts_per_epoch": 2}
@@ -324,11 +327,15 @@ def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
     "name, reward, keep, settings",
     [
         ("grpo", -0.20, 0.75, GRPO),
-        ("grpo, early steps", -0.22, 0.75, EARLY),
-        ("guard", -0.18, 0.68, GRPO | {"algorithm": "guard"}),
+        *thorough(
+            ("grpo, early steps", -0.22, 0.75, EARLY),
+            ("guard", -0.18, 0.68, GRPO | {"algorithm": "guard"}),
+        ),
         ("nft", -0.12, 0.92, NFT | {"lr": 8e-4}),
-        ("awm", -0.12, 0.90, AWM | {"lr": 8e-4}),
-        ("dpo online", -0.22, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
+        *thorough(
+            ("awm", -0.12, 0.90, AWM | {"lr": 8e-4}),
+            ("dpo online", -0.22, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
+        ),
         (
             "dpo offline",
             -0.22,
@@ -356,6 +363,22 @@ def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, se
         )
     if name.startswith("grpo"):
         assert all(record["replay"] == 0 for record in records[1:])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EARLY,
+        GRPO | {"algorithm": "guard"},
+        AWM | {"lr": 8e-4},
+        {"algorithm": "dpo", "dpo": DPOConfig(source="online")},
+    ],
+    ids=("grpo, early steps", "guard", "awm", "dpo online"),
+)
+def test_the_reward_begins_to_rise(tmp_path, settings):
+    last = run(session(tmp_path, evaluated=64, **FEW | {"epochs": 6} | settings))
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert last["seen_bright"] > first["seen_bright"] + 0.03
 
 
 @pytest.mark.slow
@@ -486,18 +509,19 @@ def test_micro_batches_of_srpo_add_up_to_the_mean(tmp_path):
     assert norm(32, alike=True) == pytest.approx(norm(8, 8, alike=True), rel=1e-3)
 
 
-def test_srpo_follows_its_words(tmp_path):
-    for name, pair in (("red", ("red", "blue")), ("blue", ("blue", "red"))):
-        for branches in (("denoise",), ("denoise", "invert")):
-            srpo = words(positive=pair[:1], negative=pair[1:], branches=branches)
-            last = run(session(tmp_path / f"{name}{len(branches)}", epochs=20, srpo=srpo, **SRPO))
-            assert last["seen_keep"] > 0.7 and last["score_denoise"] > 0.6, (
-                "each in its own direction"
-            )
-            assert "score_invert" not in last or last["score_invert"] < -0.6
+@pytest.mark.parametrize(
+    "branches", [*thorough((("denoise",),)), ("denoise", "invert")], ids=" ".join
+)
+def test_srpo_follows_its_words(tmp_path, branches):
+    for pair in (("red", "blue"), ("blue", "red")):
+        srpo = words(positive=pair[:1], negative=pair[1:], branches=branches)
+        last = run(session(tmp_path / pair[0], epochs=20, srpo=srpo, **SRPO))
+        assert last["seen_keep"] > 0.7 and last["score_denoise"] > 0.6, "each in its own direction"
+        assert "score_invert" not in last or last["score_invert"] < -0.6
 
 
-def test_srpo_comes_to_rest_and_growth_and_drift_stop_it(tmp_path, capsys):
+@pytest.mark.thorough
+def test_srpo_comes_to_rest(tmp_path):
     for branches in (("denoise",), ("denoise", "invert")):
         folder = tmp_path / str(len(branches))
         long = run(session(folder, epochs=70, srpo=words(branches=branches), **SRPO))
@@ -510,6 +534,9 @@ def test_srpo_comes_to_rest_and_growth_and_drift_stop_it(tmp_path, capsys):
             long["active_denoise"] == 0 == long.get("active_invert", 0)
             and long["latent_std"] < 1.5 * 0.56
         )
+
+
+def test_growth_and_drift_stop_srpo(tmp_path, capsys):
     last = run(session(tmp_path / "growth", epochs=50, srpo=words(max_std_growth=1.001), **SRPO))
     assert last["step"] < 50 and "deviation grew" in capsys.readouterr().out
     last = run(session(tmp_path / "drift", epochs=50, srpo=words(), max_drift=1e-3, **SRPO))
@@ -571,7 +598,7 @@ def shop(tmp_path_factory):
     return PosttrainShop(tmp_path_factory.mktemp("posttrain"))
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "guard", "nft", "awm", "srpo", "dpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", *thorough("guard", "nft", "awm"), "srpo", "dpo"])
 def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys):
     from mmdit.experiment.load import load_pipeline
 
@@ -822,7 +849,7 @@ def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ("posttrain.micro_batch=1", "posttrain.updates_per_epoch=2"),
+        *thorough((("posttrain.micro_batch=1", "posttrain.updates_per_epoch=2"),)),
         pytest.param(
             ("posttrain.algorithm=dpo", "posttrain.dpo={collect: 4, batch: 2, beta: 5}"),
             marks=pytest.mark.slow,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.helpers import warm
+from tests.helpers.thorough import thorough
 
 
 def drive(script: str, *words: str, seconds: int) -> dict:
@@ -16,7 +17,19 @@ def drive(script: str, *words: str, seconds: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_survives_kills():
+    words = ["--kills", "3", "--seed", "3", "--only_kills"]
+    result = drive("kill_training", *words, seconds=200)["kills"]
+    assert result["kills"] >= 3 and result["distinct_last_steps"] > 1
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        *thorough(6),
+        pytest.param(50, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_survives_kills_preemption_and_a_full_disk(kills):
     result = drive("kill_training", "--kills", str(kills), "--seed", str(kills), seconds=900)
     assert result["kills"]["kills"] >= kills and result["kills"]["distinct_last_steps"] > 1
@@ -40,7 +53,18 @@ def test_the_script_for_gpus_works_on_a_cpu(only):
     )
 
 
-@pytest.mark.parametrize("words", [["--quick"], pytest.param([], marks=pytest.mark.slow)])
+def test_a_process_that_hangs_or_dies_is_named():
+    result = drive("rank_training", "--only_lost", seconds=200)
+    assert result["hangs"]["seconds"] < 20 and result["dies"]["seconds"] < 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *thorough(["--quick"]),
+        pytest.param([], marks=pytest.mark.slow),
+    ],
+)
 def test_the_number_of_processes_changes_nothing_and_a_lost_one_is_named(words):
     """On 1, 2 and 4 processes, copied or sharded, and moved from 2 to 4 to 1, weights, EMA, moments
     and metrics of 6 steps agree within rounding (quick: 1 and 2 processes, and one move)."""

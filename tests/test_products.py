@@ -20,7 +20,6 @@ from mmdit.nn import kernels, products
 from mmdit.nn.products import Float8Linear, codes, joinable, joined, multiply
 from mmdit.nn.stored_weights import store
 from mmdit.training.memory.offload import Streamer
-from tests.helpers.interpreter import interpreted
 from tests.helpers.wan_release import config_text, make_release
 
 SIZE = {"dim": 96, "depth": 2, "num_heads": 2, "window_size": 4}
@@ -368,30 +367,3 @@ def test_odd_widths_are_refused(change, widths):
     VideoMMDiTConfig(**change)
     with pytest.raises(ConfigError, match=f"products: is float8, .* multiples of 16, but {widths}"):
         VideoMMDiTConfig(**change, products="float8")
-
-
-KERNEL = """
-import torch
-from mmdit.nn import kernels, products
-generator = torch.Generator().manual_seed(0)
-def integers(low, high, *shape):
-    return torch.randint(low, high, shape, generator=generator)
-whole = integers(-8, 9, 37, 96) * 2.0 ** integers(-3, 5, 37, 96)
-# So codes are these numbers; what lies between them Triton's interpreter rounds in its own way.
-whole[:, 0] = 448
-whole[3] = 0
-x = whole * torch.logspace(-20, 20, 37, base=2).log2().round().exp2()[:, None]
-kernels.rounding.PROGRAMS = 5
-for columns in (None, 2.0 ** integers(-2, 3, 96)):
-    found, scale = products.codes(x if columns is None else (x / columns).bfloat16(), columns)
-    assert torch.equal(found.float(), whole), (found.float() - whole).abs().max()
-    assert torch.equal(scale[4:] * 448, x[4:, :1].abs())
-    assert scale[3] > 0
-kernels.can_run = lambda x: False
-found, scale = products.codes(x)
-assert torch.equal(found.float(), whole)
-"""
-
-
-def test_the_kernel_rounds_as_the_plain_code_does():
-    interpreted(KERNEL)

@@ -17,6 +17,7 @@ from mmdit.training.distributed import process_group
 from mmdit.training.graphs import training_graphs as replays
 from mmdit.training.graphs.training_graphs import Recorded, Replays, repeats, suits
 from tests.helpers.tapes import pretended_graphs
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, trained_tensors
 from tests.test_trainer import assert_same, run_ranks
 from tests.test_trainer import trained as of_words
@@ -68,10 +69,9 @@ def trained(
 @pytest.mark.parametrize(
     "words, graphs",
     [
-        ((), 1),
-        (("train.precision=bf16", "train.grad_accum_steps=2"), 1),
+        *thorough(((), 1), (("train.precision=bf16", "train.grad_accum_steps=2"), 1)),
         (("tread.enabled=true", "tread.apply_to=[0, 1]"), 1),
-        (("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1),
+        *thorough((("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1)),
         (
             (
                 "text_encoder={type: hash, dim: 16}",
@@ -85,7 +85,7 @@ def trained(
             ("train.sample_every_steps=2", "train.val_every_steps=2", "train.val_share=0.3"),
             1,
         ),  # both with averaged weights in place
-        (("model.checkpointing=true",), 0),
+        *thorough((("model.checkpointing=true",), 0)),
         (("model.dropout=0.1",), 0),
     ],
 )

@@ -31,6 +31,7 @@ from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 from tests.helpers import warm
+from tests.helpers.thorough import thorough
 
 SPEC = LatentSpec(channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 0.5))
 WORDS = ["a red ball", "", "two blue boxes to the left", "ein grüner Würfel"]
@@ -391,7 +392,8 @@ def test_ema_is_the_average_it_claims_to_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "start, every", [(0, 1), (0, 3), (2, 1), (3, 2), (4, 4), (1000, 1), (0, 1000)]
+    "start, every",
+    [*thorough((0, 1), (0, 3)), (2, 1), (3, 2), *thorough((4, 4), (1000, 1)), (0, 1000)],
 )
 def test_the_average_is_the_weights_until_it_begins_and_then_of_every_nth_step(
     tmp_path, start, every

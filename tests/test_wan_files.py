@@ -27,6 +27,7 @@ from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.stored_weights import StoredWeight, store
 from mmdit.weights import Checkpoint
 from tests.helpers import warm
+from tests.helpers.thorough import thorough
 from tests.test_wan import META, TINY, VARIANTS, error, golden_release, random_model, refused
 
 
@@ -116,7 +117,7 @@ def test_names_are_those_of_diffusers():
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+@pytest.mark.parametrize("shard_bytes", [*thorough(10**9), 30_000])
 def test_what_is_saved_is_what_is_read(tmp_path, name, layout, shard_bytes):
     model = random_model(VARIANTS[name])
     save_dit(model, tmp_path / "saved", layout, shard_bytes)
@@ -302,7 +303,7 @@ def drawn_config(rng: random.Random, kind: str) -> WanConfig:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *thorough(1, 2, 3, 4)])
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_any_config_of_any_variant_survives_both_layouts_and_computes_the_same(
     tmp_path, kind, seed

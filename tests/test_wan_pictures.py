@@ -18,6 +18,7 @@ from mmdit.interop.wan_weights import load_dit
 from mmdit.scripts import sample, train_t2v
 from mmdit.training.memory.lean import to_bfloat16
 from mmdit.training.pipeline import SampleSettings
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import refused
 from tests.helpers.wan_release import (
     DIT,
@@ -97,6 +98,7 @@ def test_training_tells_the_network_what_sampling_tells_it(shop):
         torch.testing.assert_close(wanted["clip"][0], pictures.clip(ends).flatten(0, 1))
 
 
+@pytest.mark.parametrize("shop", ["i2v a14b", *thorough("i2v 2.1", "flf2v")], indirect=True)
 def test_adapters_and_all_weights_learn_and_are_sampled(shop, tmp_path):
     run = shop.train(
         "lora", LORA, "model.dtype=bfloat16", "train.val_every_steps=3", "train.val_share=0.5"
@@ -156,7 +158,7 @@ def test_a_pair_is_trained_on_pictures(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [I2V_21, FLF2V], ids=["i2v 2.1", "flf2v"])
+@pytest.mark.parametrize("config", [*thorough(I2V_21), FLF2V], ids=["i2v 2.1", "flf2v"])
 def test_releases_of_both_layouts_draw_the_same_and_see_the_pictures(tmp_path, config):
     shop, count = Shop(tmp_path, config), 1 + (config.image_positions > 0)
     theirs = make_diffusers_release(tmp_path / "diffusers", config, pair=False)

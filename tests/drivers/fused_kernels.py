@@ -50,6 +50,7 @@ CASES = {  # frames, rows, columns, window, text tokens, more of the model
     ),
     "more frames than a tile holds": (130, 1, 2, 2, 6, {}),
     "routed": (2, 4, 8, 4, 6, {"tread": TreadConfig(enabled=True, apply_to=(1, 3))}),
+    "a small clip, in one block": (2, 2, 3, 2, 3, {"dim": 32, "depth": 1, "num_heads": 1}),
 }
 
 
@@ -60,12 +61,8 @@ def run(
     torch.manual_seed(0)
     more = dict(more)
     tread = more.pop("tread", None)
-    model = VideoMMDiT(
-        VideoMMDiTConfig(dim=96, depth=3 if tread else 2, num_heads=3, window_size=window, **more),
-        4,
-        8,
-        tread,
-    ).to(device)
+    sizes = {"dim": 96, "depth": 3 if tread else 2, "num_heads": 3, "window_size": window}
+    model = VideoMMDiT(VideoMMDiTConfig(**sizes | more), 4, 8, tread).to(device)
     with torch.no_grad():
         for weight in model.parameters():  # gates open, gains apart from one
             weight.add_(0.1 * torch.randn(weight.shape).to(device))

@@ -4,6 +4,7 @@ belongs to the key."""
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from mmdit.data.dataset.media_sets import Shape
 from mmdit.diagnostics.cache_sheet import cache_sheet
 from mmdit.diagnostics.real_items import RealItems
 from mmdit.interfaces import LatentSpec
+from mmdit.posttrain.srpo import check_pace, real_latents
 from tests.test_cache import MeanPixels, run, write_meta
 
 VIDEO = VideoConfig(32, 32, num_frames=9, frame_stride=2)
@@ -97,6 +99,28 @@ def test_short_clips_get_fewer_frames_and_stretched_ones_the_whole_clip(clips, t
         22,
         29,
     ]
+
+
+def test_real_clips_of_post_training_were_encoded_together_and_move_as_the_model_s(clips, tmp_path):
+    video = VideoConfig(32, 32, num_frames=5)
+    run(clips, tmp_path / "cache", Joining(), kind="video", video=video)
+    srpo = SimpleNamespace(latents=str(tmp_path / "cache"))
+    config = SimpleNamespace(srpo=srpo, prompts_per_epoch=2)
+    running = SimpleNamespace(config=config, tokenizer=Joining(), shape=(2, 2, 2, 3))
+    cache = real_latents(running)
+    check_pace(cache, video)
+    for change in ({"frame_stride": 2}, {"shrink_video_to_frames": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(change))} .*another pace"):
+            check_pace(cache, replace(video, **change))
+    check_pace(cache, replace(video, num_frames=1, frame_stride=2))  # pictures do not move
+    cache.rates = {24.0}
+    with pytest.raises(ConfigError, match="fps 24.0, and video.fps is 16"):
+        check_pace(cache, video)
+    (tmp_path / "cache" / "clip08.pt").unlink()
+    (tmp_path / "cache" / "index.jsonl").unlink()
+    running.shape = (3, 2, 2, 3)  # there are as many frames, of two samples
+    with pytest.raises(ConfigError, match="encoded 2 latent frames at a time, and 3 of them"):
+        real_latents(running)
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,12 @@ def test_a_key_of_training_alone_is_refused_where_it_would_do_nothing(shop, caps
     refused(capsys, posttrain.main, command(shop, "never", *word.split()), section, expected)
 
 
-def test_real_clips_of_another_stride_are_refused(shop, capsys):
+@pytest.mark.parametrize("key, value", [("frame_stride", "2"), ("shrink_video_to_frames", "true")])
+def test_real_clips_that_move_otherwise_than_the_model_s_are_refused(shop, capsys, key, value):
     words = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.folder}"]
-    words += ["video.num_frames=4", "video.frame_stride=2"]
-    refused(capsys, posttrain.main, command(shop, "never", *words), "video.frame_stride: is 2")
+    words += ["video.num_frames=4", f"video.{key}={value}"]
+    expected = (f"video.{key}: is {value}", "more slowly than the model's")
+    refused(capsys, posttrain.main, command(shop, "never", *words), *expected)
 
 
 def test_an_evaluation_that_is_not_finite_names_its_sample(shop, capsys, monkeypatch):

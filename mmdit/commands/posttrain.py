@@ -16,7 +16,7 @@ from mmdit.adapters import lora_state
 from mmdit.adapters.strength import alphas
 from mmdit.config import ConfigError
 from mmdit.data.batches.latent_batches import contents
-from mmdit.data.dataset.buckets import target_sizes
+from mmdit.data.dataset.buckets import VideoConfig, target_sizes
 from mmdit.experiment.build import (
     build_learner,
     build_network,
@@ -32,7 +32,7 @@ from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.loop import post_train
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.setup import Files
-from mmdit.posttrain.srpo import real_latents
+from mmdit.posttrain.srpo import check_pace, real_latents
 from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import (
@@ -102,13 +102,15 @@ def _check(config: ExperimentConfig) -> None:
             " model has seen none; set the size to the tile's, or less",
         )
     video, real = config.video, settings.algorithm == "srpo" and settings.srpo.latents
-    if real and video.num_frames > 1 and video.frame_stride > 1 and config.tokenizer.temporal == 1:
-        raise ConfigError(
-            "video.frame_stride",
-            f"is {video.frame_stride}, but of the clips in posttrain.srpo.latents the first frames"
-            " are taken one after the other, which move more slowly than the model's; leave"
-            " srpo.latents out, or take a model of stride 1",
-        )
+    usual = {"frame_stride": 1, "shrink_video_to_frames": False}
+    for name in usual if real and video.num_frames > 1 and config.tokenizer.temporal == 1 else ():
+        if getattr(video, name) != usual[name]:
+            raise ConfigError(
+                f"video.{name}",
+                f"is {str(getattr(video, name)).lower()}, but of the clips in posttrain.srpo.latents the first"
+                " frames are taken one after the other, which move more slowly than the model's;"
+                " leave srpo.latents out, or take a model of stride 1",
+            )
     if settings.algorithm == "awm" and settings.awm.ema_kl and not config.ema.enabled:
         raise ConfigError(
             "ema.enabled",
@@ -243,7 +245,7 @@ def posttrain(
             captions=config.captions,
             start=origin["crc32"],
         )
-        origin["data"] = data = data_of(session)
+        origin["data"] = data = data_of(session, config.video)
         if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
             stored = config_io.completed(ExperimentConfig, meta.config)
@@ -277,11 +279,14 @@ def posttrain(
         return post_train(session)
 
 
-def data_of(session: Session) -> list[dict[str, Any]]:
-    """Return what tells the samples that a run learns from, beside its own, from others."""
+def data_of(session: Session, video: VideoConfig) -> list[dict[str, Any]]:
+    """Return what tells the samples that a run learns from, beside its own, from others.
+    ConfigError: they are no samples such as `video` describes."""
     config = session.config
     if config.algorithm == "srpo" and config.srpo.latents:
-        return [contents(real_latents(session))]
+        cache = real_latents(session)
+        check_pace(cache, video)
+        return [contents(cache)]
     if config.algorithm == "dpo" and config.dpo.pairs:
         pairs = stored_pairs(session)
         assert pairs is not None, "the config names them"

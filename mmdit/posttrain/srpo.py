@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 from mmdit.data.cache.latent_cache import LatentCache, open_cache
+from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain.direct_align import add_noise, discount, recover, relative_score
 from mmdit.posttrain.session import Session
@@ -115,4 +116,30 @@ def real_latents(session: Session) -> LatentCache:
             f"is {path!r}: {len(cache)} items, the first {cache.shapes[0].tolist()}; must hold"
             f" {least} or more, all {list(wanted)}, of this tokenizer",
         )
+    together = cache.manifest.joined or wanted[0]
+    if together < wanted[0]:
+        raise ConfigError(
+            "posttrain.srpo.latents",
+            f"is {path!r}, whose clips were encoded {together} latent frames at a time, and"
+            f" {wanted[0]} of them are no clip: cache with the video.num_frames of this run",
+        )
     return cache
+
+
+def check_pace(cache: LatentCache, video: VideoConfig) -> None:
+    """Raise ConfigError for real clips that move at another pace than `video` says: their first
+    frames are taken as they lie in the cache."""
+    if video.num_frames == 1:
+        return
+    plan = cache.manifest.clip_plan
+    names = ("frame_stride", "shrink_video_to_frames") if plan else ()
+    pairs = [(name, plan[name], getattr(video, name)) for name in names]
+    pairs += [("fps", rate, video.fps) for rate in sorted(cache.rates)]
+    for name, there, here in pairs:
+        if there != here:
+            raise ConfigError(
+                "posttrain.srpo.latents",
+                f"is {str(cache.folder)!r}, whose clips have {name} {there}, and video.{name} is"
+                f" {here}: they move at another pace than the model's; cache with the settings of"
+                " this run",
+            )

@@ -104,10 +104,11 @@ def _check(config: ExperimentConfig) -> None:
     video, real = config.video, settings.algorithm == "srpo" and settings.srpo.latents
     usual = {"frame_stride": 1, "shrink_video_to_frames": False}
     for name in usual if real and video.num_frames > 1 and config.tokenizer.temporal == 1 else ():
-        if getattr(video, name) != usual[name]:
+        value = getattr(video, name)
+        if value != usual[name]:
             raise ConfigError(
                 f"video.{name}",
-                f"is {str(getattr(video, name)).lower()}, but of the clips in posttrain.srpo.latents the first"
+                f"is {str(value).lower()}, but of the clips in posttrain.srpo.latents the first"
                 " frames are taken one after the other, which move more slowly than the model's;"
                 " leave srpo.latents out, or take a model of stride 1",
             )

@@ -227,3 +227,5 @@ def test_one_of_the_samples_of_a_cached_clip_is_decoded_to_compare_with(clips, t
     assert lengths == [2, 2], "a sheet shows a sample, too"
     with pytest.raises(ValueError, match="clips of stride 2, and stride 1 is asked for"):
         items(frames=3)
+    with pytest.raises(ValueError, match="holds samples of clips, and whole clips are asked for"):
+        items(frames=3, stretch=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmdit.commands import evaluate as evaluate_command
 from mmdit.config import ConfigError
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
@@ -418,6 +419,29 @@ def test_of_a_cached_clip_of_several_samples_the_middle_one_is_compared():
     ):
         cache = SimpleNamespace(manifest=SimpleNamespace(joined=joined))
         assert items._middle_sample(cache, latents).tolist() == expected
+
+
+def test_real_clips_are_stretched_where_those_of_the_training_were(tmp_path, monkeypatch):
+    asked, Stop = [], type("Stop", (Exception,), {})
+    pipeline = SimpleNamespace(check=lambda *_: None, device=CPU, tokenizer=None)
+    for name in ("describe_pair", "offload_pipeline", "keep_freed_memory"):
+        monkeypatch.setattr(evaluate_command, name, lambda *_: None)
+
+    def build(shape, *_, **__):
+        asked.append(shape)
+        raise Stop
+
+    monkeypatch.setattr(evaluate_command, "build_scores", build)
+    for stretched in (True, False):
+        video = VideoConfig(32, 32, num_frames=3, shrink_video_to_frames=stretched)
+        parts = (pipeline, SimpleNamespace(video=video), False)
+        loader = SimpleNamespace(load=lambda path, parts=parts: parts, offload="none")
+        of_config = (lambda config: None, lambda config: (32, 32, 3, 16))
+        scorer = evaluate_command.Scorer(loader, *of_config, "one", None, None, 1, {})
+        with pytest.raises(Stop):
+            scorer.score(tmp_path)
+    assert [list(shape.places(9)) for shape in asked] == [[0, 4, 8], [3, 4, 5]]
+    assert list(Shape(stretch=True).places(9)) == [4]  # the middle one of a single frame
 
 
 def test_clips_of_another_speed_are_not_compared(tmp_path):

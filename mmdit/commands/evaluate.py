@@ -104,7 +104,9 @@ class Scorer:
         """Return the report of a checkpoint, and samples to show."""
         pipeline, config, again = self.loader.load(path)
         settings, (width, height, frames, _) = self.settings(config), self.size(config)
-        shape = Shape((width, height), frames, config.video.frame_stride, config.video.fps)
+        video = config.video
+        paces = (video.frame_stride, video.fps, video.shrink_video_to_frames)
+        shape = Shape((width, height), frames, *paces)
         if again:
             assert self.scores is not None, "made with the pipeline"
             self.scores = self.scores.anew()

@@ -112,7 +112,14 @@ def _as_cached(cache: LatentCache, shape: Shape) -> Shape:
     plan = cache.manifest.clip_plan
     if not plan:
         return shape
-    if not plan["shrink_video_to_frames"] and plan["frame_stride"] != shape.stride:
+    if plan["shrink_video_to_frames"]:
+        return replace(shape, stride=1, stretch=False)
+    if shape.stretch:
+        raise ValueError(
+            f"the cache {cache.folder} holds samples of clips, and whole clips are asked for"
+            " (video.shrink_video_to_frames): give the clips themselves, or a cache of such samples"
+        )
+    if plan["frame_stride"] != shape.stride:
         raise ValueError(
             f"the cache {cache.folder} holds clips of stride {plan['frame_stride']}, and stride"
             f" {shape.stride} is asked for: give clips of one stride"

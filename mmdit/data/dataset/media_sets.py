@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmdit.data.dataset.buckets import Size
+from mmdit.data.dataset.buckets import Size, VideoConfig
+from mmdit.data.dataset.clips import cached_frames
 from mmdit.data.dataset.frames import PreprocessConfig, check_same_size, crop_box, cut, frames_in
 from mmdit.data.dataset.pictures import SUFFIXES, load_image, open_picture
 from mmdit.data.dataset.problems import Skip, Unusable
@@ -32,13 +33,14 @@ ANIMATIONS = {".gif", ".webp", ".png"}
 @dataclass(frozen=True)
 class Shape:
     """Says what every item is made to be: `size` (width, height), cut from the middle, or None for
-    each its own; `frames` of it, `stride` apart, from the middle; `fps` of video files, None as
-    stored."""
+    each its own; `frames` of it, `stride` apart, from the middle, or with `stretch` over all of it;
+    `fps` of video files, None as stored."""
 
     size: Size | None = None
     frames: int = 1
     stride: int = 1
     fps: float | None = None
+    stretch: bool = False
 
     def __post_init__(self):
         for name in ("frames", "stride"):
@@ -57,8 +59,11 @@ class Shape:
         size = self.size or image.size
         return cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)
 
-    def places(self, count: int) -> range:
+    def places(self, count: int) -> Sequence[int]:
         """Return which frames of a clip of `count` are taken. ValueError: it is too short."""
+        if self.stretch and self.frames > 1:
+            video = VideoConfig(num_frames=self.frames, shrink_video_to_frames=True)
+            return cached_frames(count, video)
         needed = (self.frames - 1) * self.stride + 1
         if count < needed:
             raise Unusable("too short", f"{count} frames, {needed} are needed")

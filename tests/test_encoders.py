@@ -2,6 +2,7 @@
 transformers, our own tokenizer; and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,7 +226,9 @@ class Twice(nn.Module):
         return 2 * x
 
 
-def test_programs_foreign_files_and_options_without_effect_are_refused(tmp_path, inception_files):
+def test_programs_foreign_files_and_options_without_effect_are_refused(
+    tmp_path, inception_files, monkeypatch
+):
     torch.jit.script(Twice()).save(str(tmp_path / "i3d_torchscript.pt"))
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     short = dict(torch.load(inception_files["fid"], weights_only=True))
@@ -249,6 +252,10 @@ def test_programs_foreign_files_and_options_without_effect_are_refused(tmp_path,
             open_encoder(str(tmp_path / name))
     with pytest.raises(ValueError, match="resize=clean is for Inception and I3D"):
         open_encoder("tokenizer", resize="clean")
+    timm = SimpleNamespace(name="inception_v3", facts={"resize": "crop"}, reads="pictures")
+    monkeypatch.setattr(encoders, "_timm", lambda *_: timm)
+    with pytest.raises(ValueError, match="for Inception and I3D; inception_v3 has crop"):
+        open_encoder("x.safetensors", name="inception_v3", resize="clean")
 
 
 def test_the_hash_is_of_the_bytes(tmp_path):

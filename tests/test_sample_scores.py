@@ -444,6 +444,27 @@ def test_real_clips_are_stretched_where_those_of_the_training_were(tmp_path, mon
     assert list(Shape(stretch=True).places(9)) == [4]  # the middle one of a single frame
 
 
+def test_one_frame_of_each_real_clip_is_compared_where_an_encoder_sees_one(tmp_path, monkeypatch):
+    """Not each of its frames, as of a JSONL file, and no picture that lies beside the clips."""
+    network = lambda pixels: pixels.flatten(1)
+    encoder = Encoder("grey", network, "pictures", CPU, {"resize": "none"})
+    monkeypatch.setattr(feature_distance, "open_encoder", lambda **_: encoder)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "poster.png")
+    for clip in range(3):
+        (tmp_path / f"clip{clip}").mkdir()
+        for frame in range(5):
+            value = 10 * clip + frame
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"clip{clip}/{frame}.png")
+    distance = FeatureDistance("x", Shape((8, 8), 4), CPU, str(tmp_path), str(tmp_path))
+    for items in (distance.real, distance.held_out):
+        assert items.names == ["clip0", "clip1", "clip2"]
+        assert (items.features[:, 0] * 255).round().tolist() == [2, 12, 22]
+    for pictures in ("clip0", "."):  # a folder without clips; pictures are asked for
+        frames = 4 if pictures == "clip0" else 1
+        distance = FeatureDistance("x", Shape((8, 8), frames), CPU, str(tmp_path / pictures))
+        assert len(distance.real.names) == (5 if pictures == "clip0" else 16)
+
+
 def test_clips_of_another_speed_are_not_compared(tmp_path):
     tokenizer = DummyTokenizer(DummyTokenizerConfig(latent_d=8))
     manifest = CacheManifest.of(tokenizer, VideoConfig(32, 32))

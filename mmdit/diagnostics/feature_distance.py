@@ -175,7 +175,8 @@ class FeatureDistance:
         self.seed = seed
         known = [tokenizer, self.encoder.tokenizer]
         tokenizers = [one for one in known if one is not None]
-        self.items = RealItems(self.real_source, self.shape, tokenizers, num_workers)
+        reading = (self.shape, tokenizers, num_workers, shape.frames > 1 and one_frame)
+        self.items = RealItems(self.real_source, *reading)
         self.real = FeatureSet(self.encoder)
         self.records: list[Record] = []
         for records, pixels in self.items.read(BATCH):
@@ -184,7 +185,7 @@ class FeatureDistance:
         _check_count("real", self.real_source, self.real)
         self.held_out = FeatureSet(self.encoder) if held_out else None
         if self.held_out:
-            others = RealItems(str(held_out), self.shape, tokenizers, num_workers)
+            others = RealItems(str(held_out), *reading)
             for records, pixels in others.read(BATCH):
                 self.held_out.add(pixels, [record.id for record in records])
             _check_count("held_out", str(held_out), self.held_out)

@@ -3,6 +3,7 @@ tokenizer that made it."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,10 +24,20 @@ from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 
 class RealItems:
     """The items of `source`, each made to be of `shape`. `tokenizers`: one of them must have made a
-    cache, or the one that comes with mmdit. ValueError: there is nothing, or none of them has."""
+    cache, or the one that comes with mmdit. `clips`: of a folder, one frame of each clip is taken,
+    and pictures only where it holds no clip. ValueError: there is nothing, or none of the
+    tokenizers has."""
 
-    def __init__(self, source: str, shape: Shape, tokenizers: list[Tokenizer], num_workers: int):
+    def __init__(
+        self,
+        source: str,
+        shape: Shape,
+        tokenizers: list[Tokenizer],
+        num_workers: int,
+        clips: bool = False,
+    ):
         self.source, self.shape, self.num_workers = source, shape, num_workers
+        self.clips = clips
         self.cache: LatentCache | None = None
         folder = expanded(source)
         if (folder / "manifest.json").is_file():
@@ -49,10 +60,15 @@ class RealItems:
     def read(self, batch: int) -> Iterator[tuple[list[Record], Tensor]]:
         """Yield up to `batch` records of one size with their frames, uint8 `(B, F, 3, H, W)`."""
         if self.cache is None:
-            records = media_records(self.source, self.shape.frames)
-            yield from read_media(records, self.shape, batch, self.num_workers)
+            yield from read_media(self._records(), self.shape, batch, self.num_workers)
             return
         yield from batched(self._decoded(self.cache), batch)
+
+    def _records(self) -> list[Record]:
+        if self.clips:
+            with contextlib.suppress(ValueError):  # it holds no clip
+                return media_records(self.source, 2)
+        return media_records(self.source, self.shape.frames)
 
     def read_one(self, record: Record, size: tuple[int, int] | None) -> Tensor:
         """Return the frames `(F, 3, H, W)` of one item at a size (width, height), or at its

@@ -108,7 +108,7 @@ def open_encoder(
     what that word stands for; without one the tokenizer that comes with mmdit. ValueError: there is
     none, it does not fit, or it would run code.
     """
-    path, device = find(weights), torch.device(device)
+    path, device, is_published = find(weights), torch.device(device), False
     if name:
         encoder = _timm(name, path, device)
     elif weights == PIXELS:
@@ -120,8 +120,8 @@ def open_encoder(
     elif path.is_dir():
         encoder = _transformers(path, device)
     else:
-        encoder = _published(path, device, resize or "tensorflow")
-    if resize and "inception" not in encoder.name and encoder.name != "i3d":
+        encoder, is_published = _published(path, device, resize or "tensorflow"), True
+    if resize and not is_published:
         raise ValueError(
             f"resize={resize} is for Inception and I3D; {encoder.name} has"
             f" {encoder.facts['resize']}"

@@ -201,7 +201,8 @@ def test_folders_of_transformers_follow_their_papers(tmp_path):
     with pytest.raises(ValueError, match="two frames at least"):
         encoder(pixels[:, :1])
     middle = open_encoder(str(tmp_path / "dino"))
-    torch.testing.assert_close(middle(pixels), known[:, 2], atol=1e-4, rtol=1e-4)
+    # of four frames the one that a real clip of four gives, too
+    torch.testing.assert_close(middle(pixels), known[:, 1], atol=1e-4, rtol=1e-4)
     clip_config = transformers.VideoMAEConfig(
         **shared, image_size=32, patch_size=16, num_frames=4, tubelet_size=2, intermediate_size=32
     )

@@ -459,10 +459,17 @@ def test_one_frame_of_each_real_clip_is_compared_where_an_encoder_sees_one(tmp_p
     for items in (distance.real, distance.held_out):
         assert items.names == ["clip0", "clip1", "clip2"]
         assert (items.features[:, 0] * 255).round().tolist() == [2, 12, 22]
+    for frames in (5, 4):  # samples that are the real clips: the same frame of both
+        ((_, clips),) = read_media(media_records(tmp_path, 2), Shape((8, 8), frames), 8)
+        distance = FeatureDistance("x", Shape((8, 8), frames), CPU, str(tmp_path))
+        distance.add(clips)
+        assert distance.drawn.features.equal(distance.real.features)
+        for clip in range(3):
+            (tmp_path / f"clip{clip}/4.png").unlink(missing_ok=True)
     for pictures in ("clip0", "."):  # a folder without clips; pictures are asked for
         frames = 4 if pictures == "clip0" else 1
         distance = FeatureDistance("x", Shape((8, 8), frames), CPU, str(tmp_path / pictures))
-        assert len(distance.real.names) == (5 if pictures == "clip0" else 16)
+        assert len(distance.real.names) == (4 if pictures == "clip0" else 13)
 
 
 def test_clips_of_another_speed_are_not_compared(tmp_path):

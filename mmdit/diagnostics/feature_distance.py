@@ -357,7 +357,7 @@ class FeatureDistance:
             record = self.records[number]
             item = self.items.read_one(record, self.shape.size)
             if len(item) == 1 < len(clip):
-                clip = clip[len(clip) // 2][None]
+                clip = clip[(len(clip) - 1) // 2][None]
             share = closer_share(torch.tensor([distance], dtype=torch.float64), distances)
             cells += [_shown(clip), _shown(item)]
             captions += [

@@ -75,7 +75,7 @@ class Encoder:
         if self.reads == "clips":
             return self.network(pixels).float().cpu()
         if not self.halves:
-            return self.network(pixels[:, pixels.shape[1] // 2]).float().cpu()
+            return self.network(pixels[:, (pixels.shape[1] - 1) // 2]).float().cpu()
         return joined_halves(self.of_frames(pixels))
 
     @torch.no_grad()

@@ -313,7 +313,8 @@ class PosttrainConfig(Section):
     # What evaluation measures; null: prompt_accuracy of generated prompts, else those of `rewards`
     # that judge a sample alone.
     eval_rewards: tuple[RewardConfig, ...] | None = None
-    # Which frames of a clip rewards see (-1 is the last); only these are decoded. Empty: all.
+    # Which frames of a clip rewards see in training (-1 is the last); only these are decoded.
+    # Empty: all. Evaluation shows all frames.
     reward_frames: tuple[int, ...] = ()
     # How many of the seen, and of the held-out prompts evaluation draws; 0 evaluates nothing.
     eval_prompts: int = 128

@@ -25,6 +25,7 @@ from mmdit.training.alpha.schedule import (
 )
 from mmdit.training.alpha.trend import LossHistory
 from mmdit.training.optim import Optimizer
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, forget_sums, refused
 from tests.test_metrics import facts
 
@@ -396,8 +397,15 @@ def state_of(run, at):
     return tensors, checkpoint.read_notes(folder)
 
 
-@pytest.mark.parametrize("change", ["preserve", pytest.param("ramp", marks=pytest.mark.slow)])
-def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
+@pytest.mark.parametrize(
+    "change, steps",
+    [
+        ("preserve", [20]),
+        *thorough(("preserve", [23, 20, 19])),
+        pytest.param("ramp", [23, 20, 19], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change, steps):
     words = [
         f"train.init_from={shop.base}",
         "lora.enabled=true",
@@ -407,7 +415,8 @@ def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
         "train.max_steps=28",
         "train.keep_last=0",
     ]
-    stop = shop.train(f"{change}_stop", *words, "train.save_every_steps=1")
+    name = f"{change}_{len(steps)}"
+    stop = shop.train(name, *words, "train.save_every_steps=1")
     expected, notes = state_of(stop, 28)
     assert notes["alpha_schedule"]["history"] == [
         {
@@ -420,7 +429,7 @@ def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
             "alpha_to": 14.0,
         }
     ]
-    for at in (23, 20, 19):
+    for at in steps:
         for folder in checkpoint.complete(stop):
             if checkpoint.step_of(folder) > at:
                 for path in folder.iterdir():
@@ -428,7 +437,7 @@ def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
                 folder.rmdir()
         kept = state_of(stop, at)[0]["lora/blocks.0.cross.q.alpha"].item()
         assert kept == (8 if at == 19 else 14 if change == "preserve" else 8 if at == 20 else 11)
-        shop.train(f"{change}_stop", *words, "train.save_every_steps=28", "--resume")
+        shop.train(name, *words, "train.save_every_steps=28", "--resume")
         again, resumed = state_of(stop, 28)
         assert again.keys() == expected.keys() and all(
             torch.equal(again[name], expected[name]) for name in again
@@ -439,6 +448,7 @@ def test_a_run_resumes_exactly_before_at_and_after_a_transition(shop, change):
         )
 
 
+@pytest.mark.thorough
 def test_what_is_drawn_and_handed_on_has_the_alpha_in_force(shop):
     """preserve at the last step: samples, the exported file and a run that starts from this one see
     no change."""

@@ -26,6 +26,7 @@ from mmdit.data.dataset.inputs import dealt, expand_braces, input_files, read_in
 from mmdit.data.dataset.pictures import load_image
 from mmdit.data.dataset.records import check_id, read_records
 from mmdit.data.dataset.stamps import stamp_of
+from tests.helpers.thorough import thorough
 from tests.test_cache import VIDEO, MeanPixels, write_meta
 from tests.test_sources import write_video
 
@@ -93,7 +94,7 @@ def reasons(report):
 
 
 # ── the same pictures ──
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [*thorough(0), 2])
 def test_files_tars_and_parquet_give_the_same_cache(tmp_path, workers):
     """Buckets and shifted crops, which depend on the id, included; and nothing is encoded anew when
     the files move into a tar."""

@@ -245,7 +245,9 @@ def test_no_arm_watches_calls_so_that_they_may_be_replayed(names):
     assert not can_replay(model, gpu), "this is what is asked"
 
 
-@pytest.mark.parametrize("names, depth", [*thorough((TOGETHER, 3)), (["sprint", "u_skips"], 5)])
+@pytest.mark.parametrize(
+    "names, depth", [*thorough((TOGETHER, 3), (["sprint", "u_skips"], 5)), (["value_residual"], 2)]
+)
 def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
     """Record the operations of a step, as a GPU records its kernels: with other numbers they are
     another step, for nothing is read from a tensor, drawn, or kept from call to call."""
@@ -277,7 +279,9 @@ def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
             assert not [place for place in places if place.dtype == torch.bool], node
 
 
-@pytest.mark.parametrize("names, depth", [*thorough((TOGETHER, 3)), (["sprint", "u_skips"], 5)])
+@pytest.mark.parametrize(
+    "names, depth", [*thorough((TOGETHER, 3), (["sprint", "u_skips"], 5)), (["value_residual"], 2)]
+)
 @torch.no_grad()
 def test_a_step_of_sampling_with_arms_is_one_graph_of_latents_and_times(names, depth):
     model = awake(changed(*names, depth=depth)).eval()
@@ -595,7 +599,7 @@ SPRINT = [
 ]
 
 
-@pytest.mark.parametrize("words", [EVERYTHING, SPRINT], ids=["together", "sprint"])
+@pytest.mark.parametrize("words", [EVERYTHING, *thorough((SPRINT,))], ids=["together", "sprint"])
 def test_arms_are_trained_resumed_and_scored_by_the_commands(tmp_path, words, capsys):
     with workshop(tmp_path) as shop:
         whole = shop.train("whole", *words)

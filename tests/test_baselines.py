@@ -13,6 +13,7 @@ from mmdit.rng import Draws
 from tests.drivers.gpu_baselines import NETWORKS
 from tests.helpers.plain_dit import Attention, PlainDiTConfig
 from tests.helpers.plain_latte import PlainLatteConfig
+from tests.helpers.thorough import thorough_unless
 
 ROOT = Path(__file__).resolve().parents[1]
 each_network = pytest.mark.parametrize("config", NETWORKS, ids=lambda kind: kind.__name__)
@@ -137,7 +138,7 @@ def test_a_plain_network_counts_its_operations():
     assert latte < expected
 
 
-@each_network
+@pytest.mark.parametrize("config", thorough_unless(lambda kind: kind is PlainDiTConfig, NETWORKS))
 def test_a_plain_network_learns_what_it_is_shown(config):
     """Two captions at one noise and one time: the text alone tells which clip lies under it."""
     model = make(config, awake=False)

@@ -33,6 +33,15 @@ TINY = [
 ]
 
 
+def test_reading_is_measured_from_everywhere(tmp_path, capsys):
+    words = ["--device", "cpu", "--items", "512", "--workers", "1", "--seconds", "0.02"]
+    assert benchmark.main([*words, "--folder", str(tmp_path), "--parts", "loader"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["from"] for row in rows] == ["writing the cache", "memory", "files", "packed"]
+    assert all(row["items_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.thorough
 def test_each_part_gives_its_figures(tmp_path, capsys):
     words = [
         "--device",

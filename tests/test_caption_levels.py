@@ -122,6 +122,7 @@ def test_the_report_names_the_peak_and_what_training_and_sampling_spend_there():
     assert "decide nothing" in format_levels(FLOW, silent, 1, SamplerConfig(steps=10))
 
 
+@pytest.mark.thorough
 def test_the_command_reads_a_run_and_its_cache(tmp_path, capsys):
     config = ["--config", "configs/moving_shapes_64_t2i.yaml", "--device", "cpu"]
     cache_moving_shapes.main([*config, "--count", "8", "--out_dir", str(tmp_path / "cache")])

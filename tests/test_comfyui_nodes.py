@@ -15,6 +15,7 @@ import torch
 
 from mmdit.experiment.load import load_pipeline
 from mmdit.training.pipeline import SampleSettings
+from tests.helpers.thorough import thorough
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ROOT / "integrations" / "comfyui"
@@ -141,7 +142,7 @@ def test_only_models_are_listed(nodes):
     assert widgets(nodes["LoadMMDiT"])["file"] == ([MODEL.name],)
 
 
-@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("frames", [*thorough(1), 4])
 def test_images_are_those_of_sample_bit_for_bit(nodes, loaded, comfyui, frames):
     comfyui.totals, comfyui.steps = [], 0
     images, fps = draw(nodes, loaded, frames=frames)

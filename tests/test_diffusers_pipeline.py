@@ -21,6 +21,7 @@ from mmdit.tokenizers import build_tokenizer
 from mmdit.training import checkpoint
 from mmdit.training.media import read_back
 from mmdit.training.pipeline import SampleSettings
+from tests.helpers.thorough import thorough
 
 # Diffusers, and our module that needs it, are imported by the tests alone: that takes 3 s, and each
 # process of xdist collects this file.
@@ -251,7 +252,8 @@ def test_offloaded_and_saved_again_it_draws_the_same(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dtype, half, most", [("bf16", torch.bfloat16, 0.02), ("fp16", torch.float16, 0.002)]
+    "dtype, half, most",
+    [("bf16", torch.bfloat16, 0.02), *thorough(("fp16", torch.float16, 0.002))],
 )
 def test_half_precision_is_that_of_an_exported_file(run, tmp_path, dtype, half, most):
     file = tmp_path / "half.safetensors"

@@ -93,7 +93,7 @@ def normal(count, seed=0):
     "solver, order",
     [("ddim", 1), ("euler", 1), ("heun", 2), ("ab2", 2), ("dpmpp_2m", 1.5), ("unipc", 2)],
 )
-@pytest.mark.parametrize("name", ["flow linear", "flow cosine", "flow x0"])
+@pytest.mark.parametrize("name", [*thorough("flow linear"), "flow cosine", *thorough("flow x0")])
 def test_order_of_accuracy(name, solver, order):
     """dpmpp_2m extrapolates in log(alpha / sigma), infinite at both ends: between first and second
     order with even steps."""

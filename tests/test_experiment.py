@@ -450,6 +450,7 @@ def test_adapters_alone_need_a_base(shop, capsys):
     )
 
 
+@pytest.mark.thorough
 def test_adapters_end_to_end(shop, capsys):
     base = shop.folder / "runs/base"
     run = shop.train(

@@ -37,6 +37,7 @@ from mmdit.training.pipeline import SampleSettings
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 from tests.helpers.wan_release import DIT, FLF2V, I2V, I2V_21, TI2V, random_dit
 from tests.test_metrics import DOCUMENTED, records
@@ -389,7 +390,7 @@ def trained(folder, steps=8, world=World(), resume_at=None, look=None, model=Non
     return state
 
 
-@pytest.mark.parametrize("routing", ["block", "by_sigma"])
+@pytest.mark.parametrize("routing", [*thorough("block"), "by_sigma"])
 def test_the_resting_expert_is_left_alone_bit_for_bit(tmp_path, routing):
     """Parameters, optimizer state, averages and signs; the base never moves; each expert learns."""
     seen = []
@@ -456,6 +457,7 @@ def test_the_resting_expert_is_left_alone_bit_for_bit(tmp_path, routing):
         )
 
 
+@pytest.mark.thorough
 def test_every_resume_is_exact_before_and_after_a_switch(tmp_path):
     whole = trained(tmp_path)
     for at in (1, 2, 3, 5):  # until 2 the low expert has no state

@@ -25,6 +25,7 @@ from mmdit.diagnostics.curves import NOT_ABOUT_THE_MODEL, PANELS, curves_svg, le
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import evaluate, export, sample, train_t2v
 from mmdit.training.checkpoint import load_weights
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 
 HOSTILE = (
@@ -288,7 +289,7 @@ def test_every_form_has_its_commands():
     assert commands_for(made("mmdit", ours), "", "p")[0].endswith("--out samples")
 
 
-@pytest.mark.parametrize("form", ["peft", "comfy"])
+@pytest.mark.parametrize("form", [*thorough("peft"), "comfy"])
 def test_adapters_name_their_base(shop, tmp_path, form):
     start = shop.folder / "runs/start"
     words = ["lora={enabled: true, rank: 2}", f"train.init_from={start}", "train.max_steps=1"]

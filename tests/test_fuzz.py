@@ -1,6 +1,6 @@
 """Whatever is in a file that a person or a download gives: refused with a location as a data error,
-or used; never another exception, never a hang. 300 mutated files of each kind; `pytest -m slow
-tests/test_fuzz.py` takes 5,000.
+or used; never another exception, never a hang. 60 mutated files of each kind; `pytest -m thorough
+tests/test_fuzz.py` takes 300, and `-m slow` 5,000.
 """
 
 import contextlib
@@ -22,10 +22,11 @@ from mmdit.data.dataset.records import check_id, read_records
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
+from tests.helpers.thorough import thorough
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 10  # a file that takes longer counts as a hang; the slowest takes a fraction of a second
-COUNTS = [300, pytest.param(5000, marks=pytest.mark.slow)]
+COUNTS = [60, *thorough(300), pytest.param(5000, marks=pytest.mark.slow)]
 NASTY = [
     "",
     "~",
@@ -200,7 +201,7 @@ def test_configs(tmp_path, in_time, count):
     assert count * 0.4 < refused < count
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, *thorough(100), pytest.param(1000, marks=pytest.mark.slow)])
 def test_overrides(count):
     base = parse_yaml((ROOT / "configs/quickstart.yaml").read_text())[0]
     keys = [
@@ -266,7 +267,9 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [100, *thorough(500), pytest.param(20_000, marks=pytest.mark.slow)]
+)
 def test_caches_and_checkpoints(tmp_path, in_time, count):
     """Manifest, index, item, checkpoint.json and weights: files that come with a download."""
     spec = LatentSpec(channels=3, spatial=16)

@@ -14,6 +14,7 @@ from mmdit.training.memory import lean
 from mmdit.training.optim import build_optimizer, clip_and_guard
 from mmdit.training.train_config import TrainConfig
 from tests import test_trainer
+from tests.helpers.thorough import thorough
 from tests.test_trainer import assert_same, learner, trained
 
 
@@ -45,16 +46,24 @@ def test_two_bfloat16_words_follow_float32_where_one_stands_still():
     assert (alone.float() - expected).abs().mean() > 0.5 * moved, "plain rounding loses the steps"
 
 
-def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypatch):
-    def halved(*words):
+@pytest.fixture
+def halved(monkeypatch):
+    """Let the learners of trainings have weights of 16 bits from now on."""
+
+    def of_16_bits(*words):
         model = learner(*words)
         lean.to_bfloat16(model)
         return model
 
+    return lambda: monkeypatch.setattr(test_trainer, "learner", of_16_bits)
+
+
+@pytest.mark.thorough
+def test_pure_bf16_learns_as_float32_does(tmp_path, halved):
     losses = {}
     for precision in ("fp32", "pure_bf16"):
         if precision == "pure_bf16":
-            monkeypatch.setattr(test_trainer, "learner", halved)
+            halved()
         trained(tmp_path / precision, steps=40, precision=precision, ema=False)
         losses[precision] = [
             json.loads(line)["loss"]
@@ -64,6 +73,10 @@ def test_pure_bf16_trains_resumes_exactly_and_skips_bad_steps(tmp_path, monkeypa
         max(abs(a / b - 1) for a, b in zip(*losses.values(), strict=True)) < 0.01
         and losses["fp32"][-1] < 0.93 * losses["fp32"][0]
     )
+
+
+def test_pure_bf16_resumes_exactly_and_skips_bad_steps(tmp_path, halved):
+    halved()
     options = {"precision": "pure_bf16", "save_every_steps": 2, "keep_last": 0}
     whole = trained(tmp_path / "whole", **options)
     assert {p.dtype for p in whole.learner.parameters()} == {torch.bfloat16}
@@ -136,7 +149,7 @@ def test_clipping_scales_all_gradients_of_a_step_and_a_bad_norm_skips_it(kind, d
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("chunk", [1, 2**26])
+@pytest.mark.parametrize("chunk", [1, *thorough(2**26)])
 def test_moments_that_wait_elsewhere_change_no_bit(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(lean, "CHUNK", chunk)
     options = {"save_every_steps": 2, "keep_last": 0}

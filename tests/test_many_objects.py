@@ -35,6 +35,7 @@ from mmdit.data.moving_shapes.facts import (
 )
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.data.moving_shapes.sentences import NUMBERS, OPPOSITE, RELATION_WORDS, SHAPE_WORDS
+from tests.helpers.thorough import thorough
 
 
 def many(count, seed=0, **options):
@@ -129,7 +130,7 @@ def independent_combinations(item):
     return {task for task, there in shown.items() if there}
 
 
-@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize("video", [False, *thorough(True)])
 def test_training_shows_no_held_out_combination_and_each_task_is_tested_on_its_own(video):
     for item in many(80, video=video):
         assert not item.held_out and not independent_combinations(item)
@@ -177,7 +178,7 @@ def test_an_unknown_task_is_refused():
 
 
 # ── captions ──────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize("video", [*thorough(False), True])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_caption_says_its_task_and_nothing_that_it_does_not_name(task, video):
     for i, item in enumerate(many(40, video=video, task=task)):

@@ -307,16 +307,23 @@ def test_a_log_that_went_back_is_read_once(tmp_path):
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_the_documented_names_are_always_there(shop):
-    """Null where there is nothing, with and without adapters; means and windows go on over a
-    resume, whatever was reported when."""
-    base = shop.train("base", "train.max_steps=4")
+@pytest.fixture(scope="module")
+def base(shop):
+    return shop.train("base", "train.max_steps=4")
+
+
+def test_the_documented_names_are_always_there(base):
     for record in records(base):
         assert (
             set(DOCUMENTED) <= record.keys()
             and record["gradient_stability"] is None
             and record["linear_alpha"] is None
-        )
+        ), "null where there is nothing"
+
+
+@pytest.mark.thorough
+def test_means_and_windows_go_on_over_a_resume_whatever_was_reported_when(shop, base):
+    """With adapters."""
     lora = [
         f"train.init_from={base}",
         "lora.enabled=true",

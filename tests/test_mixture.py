@@ -266,6 +266,7 @@ def shop(tmp_path_factory):
     return shop
 
 
+@pytest.mark.thorough
 def test_a_run_on_two_sources_resumes_to_the_same_weights(shop, capsys):
     validation = ["train.val_every_steps=4", "train.val_share=0.3"]
     for name, steps in (("whole", [4]), ("parts", [2, 4])):

@@ -28,6 +28,7 @@ from mmdit.data.moving_shapes import (
 from mmdit.data.moving_shapes.facts import BACKGROUNDS, COLORS, HELD_OUT, MOTIONS, SHAPES, SIZES
 from mmdit.data.moving_shapes.sentences import IMAGE, SHAPE_WORDS, SIZE_WORDS, VIDEO
 from mmdit.pixels import to_uint8, to_unit
+from tests.helpers.thorough import thorough
 
 
 def some(count, seed=0, **options):
@@ -224,11 +225,9 @@ def test_prompts_are_256_and_the_same_at_every_size():
     "width, height, frames, count",
     [
         (64, 64, 1, 600),
-        (128, 128, 1, 200),
-        (256, 256, 1, 48),
-        (448, 256, 1, 32),
+        *thorough((128, 128, 1, 200), (256, 256, 1, 48), (448, 256, 1, 32)),
         (64, 64, 16, 48),
-        (128, 128, 16, 10),
+        *thorough((128, 128, 16, 10)),
         (448, 256, 16, 2),
     ],
 )

@@ -69,6 +69,7 @@ def test_prepared_images_are_exact_and_finished_work_is_kept(tmp_path):
         prepare_samples(tmp_path / "shapes", recipe, 6)
 
 
+@pytest.mark.thorough
 def test_prepared_clips_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("mmdit.data.moving_shapes.prepare.CHUNK_FRAMES", 6)
     one, two = (

@@ -115,7 +115,7 @@ def test_a_resume_within_an_epoch_of_more_updates_is_refused(shop, capsys):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (ValueError("the scorer is gone"), "the scorer is gone"),
+        *thorough((ValueError("the scorer is gone"), "the scorer is gone")),
         (torch.OutOfMemoryError("no memory left"), "Reduce posttrain.micro_batch"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_rollout_without_a_noisy_step_is_refused_where_noisy_steps_are_trained
 
 
 # ── groups and prompts ────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("micro_batch", [4, 16, 32])
+@pytest.mark.parametrize("micro_batch", [*thorough(4), 16, *thorough(32)])
 def test_prompts_of_the_same_words_are_groups_of_their_own(tmp_path, micro_batch):
     """However many go through the network together."""
     running = session(

@@ -547,17 +547,17 @@ def test_growth_and_drift_stop_srpo(tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"algorithm": "grpo", "updates_per_epoch": 2, "micro_batch": 128},
+        *thorough({"algorithm": "grpo", "updates_per_epoch": 2, "micro_batch": 128}),
         {
             "algorithm": "guard",
             "updates_per_epoch": 2,
             "micro_batch": 128,
             "rollout": {"sde_steps": (0, 1, 2), "sde_pick": 1},
         },
-        {"algorithm": "nft", "nft": NFTConfig(rate=0.1)},
+        *thorough({"algorithm": "nft", "nft": NFTConfig(rate=0.1)}),
         {"algorithm": "awm", "ema": 0.9},
         {"algorithm": "dpo", "dpo": DPOConfig(collect=32, batch=16)},
-        {"algorithm": "dpo", "dpo": DPOConfig(source="online")},
+        *thorough({"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
         {"srpo": words(), **SRPO},
     ],
     ids=lambda s: s.get("algorithm"),

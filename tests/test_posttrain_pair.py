@@ -39,6 +39,7 @@ from mmdit.training.learner import Learner
 from mmdit.training.parallel import shard
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import refused
 from tests.helpers.wan_release import DIT, make_release
 from tests.test_posttrain_wan import RECIPES, TINY, random_expert
@@ -189,8 +190,15 @@ def assert_equal(one: dict, two: dict) -> None:
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("trained", [pytest.param("high", marks=pytest.mark.slow), "low"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm, trained",
+    [
+        ("nft", "low"),
+        ("dpo", "low"),
+        *thorough(*((name, "low") for name in ("grpo", "guard", "awm", "srpo"))),
+        *(pytest.param(name, "high", marks=pytest.mark.slow) for name in ALGORITHMS),
+    ],
+)
 def test_a_resumed_run_is_the_run_although_it_has_not_evaluated_yet(tmp_path, algorithm, trained):
     assert run(paired(tmp_path / "straight", algorithm, trained, steps=2))
     assert run(paired(tmp_path / "cut", algorithm, trained, steps=1))
@@ -212,7 +220,7 @@ def test_evaluation_leaves_every_part_in_the_mode_it_had(tmp_path):
         assert [part.training for part in parts] == before
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "srpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", *thorough("srpo")])
 def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(
     tmp_path, algorithm, monkeypatch
 ):
@@ -241,7 +249,7 @@ def test_a_run_that_is_asked_to_stop_has_the_checkpoint_of_one_that_is_not(
 @pytest.mark.parametrize(
     "algorithm, rule, wider",
     [
-        ("grpo", {"max_drift": 1e-9}, {"max_drift": 1e9}),
+        *thorough(("grpo", {"max_drift": 1e-9}, {"max_drift": 1e9})),
         ("srpo", {"srpo": SRPOConfig(sigma_window=(0.6, 0.3), max_std_growth=1e-3)}, {}),
     ],
 )

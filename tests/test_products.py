@@ -209,6 +209,16 @@ def test_few_rows_are_left_alone(serving, monkeypatch):
         )
 
 
+def test_products_compile_without_breaks(serving):
+    _, coded = models()
+    exact = coded(*inputs())
+    coded.blocks[1].mlp.compile(fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 < apart_from(coded(*inputs()).float(), exact) < 0.2
+    torch._dynamo.reset()
+
+
+@pytest.mark.thorough
 def test_blocks_compile_without_breaks(serving, opaque_einops):
     """And what is special in them is recorded with its gradients, too, which takes longer."""
     _, coded = models()

@@ -14,6 +14,7 @@ from mmdit.experiment import load
 from mmdit.interfaces import LatentSpec
 from mmdit.pixels import to_unit
 from mmdit.scripts import evaluate
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop
 
 
@@ -156,10 +157,12 @@ def facts_of(report: dict) -> dict:
     "run, words, built",
     [
         ("plain", ["--count", "4"], 1),
-        ("plain", ["--count", "4", "--raw_weights"], 1),
-        ("plain", ["--count", "2", "--variant", "many"], 1),
-        ("plain", ["--count", "4", "--features", "pixels", "--real", "REAL"], 1),
-        ("adapted", ["--count", "4"], 2),  # merged into the weights
+        *thorough(
+            ("plain", ["--count", "4", "--raw_weights"], 1),
+            ("plain", ["--count", "2", "--variant", "many"], 1),
+            ("plain", ["--count", "4", "--features", "pixels", "--real", "REAL"], 1),
+            ("adapted", ["--count", "4"], 2),  # merged into the weights
+        ),
         ("longer", ["--count", "4"], 2),  # its last step has another config
     ],
 )

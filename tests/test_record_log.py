@@ -362,6 +362,7 @@ def test_what_other_machines_made_is_pooled_and_recorded_without_them(tmp_path, 
     assert made["commit"] == "c0ffee" and record_faults(made, recipe) == []
 
 
+@pytest.mark.thorough
 def test_a_cut_down_record_is_run_recorded_and_told_why_it_does_not_count(tmp_path, capsys):
     plain = encode(tiny(PICTURES)) | {"seeds": [0, 1]}
     folder = tmp_path / "pictures_128" / "001_tiny"
@@ -383,14 +384,12 @@ def test_a_cut_down_record_is_run_recorded_and_told_why_it_does_not_count(tmp_pa
 
 
 NEWEST = {folder.parts[1]: folder for folder in FOLDERS}  # by track
+MARKS = dict.fromkeys(NEWEST.values(), pytest.mark.thorough) | {NEWEST["pictures_128"]: []}
 
 
 @pytest.mark.parametrize(
     "folder",
-    [
-        pytest.param(folder, marks=[] if folder in NEWEST.values() else pytest.mark.slow)
-        for folder in FOLDERS
-    ],
+    [pytest.param(folder, marks=MARKS.get(folder, pytest.mark.slow)) for folder in FOLDERS],
     ids=str,
 )
 def test_a_record_goes_through_with_tiny_networks(folder, tmp_path):

@@ -585,6 +585,7 @@ def test_a_long_recipe_goes_through_with_tiny_networks(name, tmp_path):
         assert "left_right" in record["stages"]["t2v_vtp_256_80f"]["scores"]["A3"]
 
 
+@pytest.mark.thorough
 def test_plain_networks_are_trained_and_scored_as_ours_are(tmp_path):
     """Train a plain DiT on pictures, and a plain Latte on clips."""
     for name, stages in (

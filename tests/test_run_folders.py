@@ -13,6 +13,7 @@ from mmdit.training import checkpoint, runs
 from mmdit.training.media import save_video
 from mmdit.training.origin import check_origin, sum_of
 from tests.helpers import warm
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, forget_sums, refused
 
 SPEC = LatentSpec(4)
@@ -102,7 +103,9 @@ def test_another_number_in_what_a_checkpoint_says_of_itself_is_damage(tmp_path, 
     assert "checkpoint.json" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "ema.safetensors"])
+@pytest.mark.parametrize(
+    "file", [*thorough("model.safetensors"), "optimizer.safetensors", *thorough("ema.safetensors")]
+)
 def test_resume_goes_on_from_the_checkpoint_before_a_damaged_or_missing_file(
     shop, copied, file, capsys
 ):

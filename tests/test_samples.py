@@ -30,6 +30,7 @@ from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_ho
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.requests import Request
 from mmdit.training.samples import weights_digest
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 
 PROMPTS = [f"a {color} star" for color in ("red", "blue", "green", "white", "grey")]
@@ -484,7 +485,7 @@ def drawn_again(path, out):
     return out / path.name
 
 
-@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("frames", [1, *thorough(2)])
 def test_the_command_inside_a_sample_draws_it_again(shop, tmp_path, monkeypatch, frames):
     run, kept, short = shop.folder / "runs/base", tmp_path / "p.jsonl", ("--frames", frames)
     monkeypatch.setenv("HOME", str(shop.folder))

@@ -17,6 +17,7 @@ from mmdit.scripts import sample
 from mmdit.training.media import read_back
 from mmdit.training.memory.sampling_offload import VisitingTokenizer, Visits, offload_pipeline
 from mmdit.training.pipeline import SampleSettings
+from tests.helpers.thorough import thorough
 from tests.helpers.wan_release import FLF2V, make_release
 
 SETTINGS = SampleSettings(SamplerConfig("unipc", 4, grid="wan"), 4.0, negative_prompt="grey")
@@ -46,7 +47,7 @@ def expected(release, image=None):
     return draw(release, "none", image)[0]
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", [*thorough("model"), "sequential"])
 def test_a_pair_of_experts_draws_the_same(pair, offload):
     drawn, pipeline = draw(pair, offload)
     assert torch.equal(drawn, expected(pair)) and isinstance(pipeline.tokenizer, VisitingTokenizer)
@@ -60,13 +61,13 @@ def test_a_pair_of_experts_draws_the_same(pair, offload):
         assert all(weight.is_meta == away for weight in network.parameters()), name
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", [*thorough("model"), "sequential"])
 def test_given_pictures_reach_the_network(continued, offload):
     drawn, _ = draw(continued, offload, PICTURES)
     assert torch.equal(drawn, expected(continued, PICTURES))
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize("offload", [*thorough("model"), "sequential"])
 def test_our_own_network_draws_the_same(offload):
     path = "assets/moving_shapes_64.safetensors"
     assert torch.equal(draw(path, offload)[0], expected(path))

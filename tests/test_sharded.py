@@ -90,7 +90,6 @@ def one_rank(folder: Path, part: str) -> None:
             trained(folder / "copied", world=world)
             gradients(folder, world)
             muon(folder, world)
-            graphs(folder, world)
             eager = lambda function, **options: compiled(function, **options | {"backend": "eager"})
             patch.setattr(torch, "compile", eager)
             state = trained(folder / "poisoned", world=world, fsdp=True, compile=True, **POISONED)
@@ -109,6 +108,10 @@ def one_rank(folder: Path, part: str) -> None:
             except RunError as error:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
                 (folder / f"full{world.rank}.txt").write_text(str(error))
+    elif part == "graphs":
+        torch.compiler.allow_in_graph(rearrange)
+        with process_group("cpu", timeout_minutes=1) as world:
+            graphs(folder, world)
     elif part.startswith("frozen_"):
         words = with_frozen_encoder(folder, part.removeprefix("frozen_"))
         train_t2v.main(
@@ -313,8 +316,10 @@ def test_muon_steps_whole_matrices(shop):
         assert torch.equal(found, wanted)
 
 
-def test_copies_leave_a_compiled_block_whole(shop):
-    assert [(shop.folder / f"graphs{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
+@pytest.mark.thorough
+def test_copies_leave_a_compiled_block_whole(tmp_path):
+    run_ranks(tmp_path, 2, __file__, "graphs")
+    assert [(tmp_path / f"graphs{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
 def test_a_run_reduces_as_its_config_says(shop):

@@ -26,9 +26,10 @@ from tests.test_sharded import distance
 from tests.test_trainer import run_ranks
 
 NEVER_EQUAL = {"seconds", "reward_seconds", "time"}
-FEW = {("nft", "lora"), ("dpo", "lora"), ("grpo", "whole"), ("awm", "whole")}
+FEW = {("nft", "lora"): [], ("grpo", "whole"): []}
+FEW |= dict.fromkeys([("dpo", "lora"), ("awm", "whole")], pytest.mark.thorough)
 WAYS = [
-    pytest.param(a, way, marks=[] if (a, way) in FEW else pytest.mark.slow)
+    pytest.param(a, way, marks=FEW.get((a, way), pytest.mark.slow))
     for a in ALGORITHMS
     for way in ("lora", "whole")
 ]

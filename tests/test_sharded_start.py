@@ -23,6 +23,7 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.memory.shards import Chosen, is_sharded, local
 from mmdit.training.parallel import shard
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, forget_sums
 from tests.test_sharded_posttrain import one_process
 
@@ -68,7 +69,7 @@ def begun(shop, world: World, *words: str) -> Run:
     return Run(config, world, tokenizer, SimpleNamespace(global_batch=1), None)
 
 
-@pytest.mark.parametrize("source", ["whole", "parts", "export"])
+@pytest.mark.parametrize("source", [*thorough("whole"), "parts", *thorough("export")])
 @pytest.mark.parametrize(
     "words",
     [
@@ -147,8 +148,8 @@ def in_memory(tensors) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
-@pytest.mark.parametrize("kind", ["pickle", "bfloat16"])
-@pytest.mark.parametrize("trained", ["freeze: false", "freeze: false, train_blocks: 1"])
+@pytest.mark.parametrize("kind", ["pickle", *thorough("bfloat16")])
+@pytest.mark.parametrize("trained", [*thorough("freeze: false"), "freeze: false, train_blocks: 1"])
 def test_a_trained_umt5_is_cut_out_of_its_files(shop, tmp_path, monkeypatch, kind, trained):
     pytest.importorskip("transformers")
     from tests.test_umt5 import GOLDEN, write_tokenizer

@@ -27,6 +27,7 @@ from mmdit.training.memory.lean import to_bfloat16
 from mmdit.training.memory.shards import local
 from mmdit.training.origin import frozen_elsewhere, sum_of
 from mmdit.training.parallel import shard
+from tests.helpers.thorough import thorough
 from tests.helpers.wan_release import random_dit
 from tests.test_scaled_float8 import ONE_HEAD, written
 from tests.test_trainer import run_ranks
@@ -130,10 +131,12 @@ def mapped_ranges() -> list[range]:
     "write, stored, dtype, adapter, pure",
     [
         (single_file, torch.bfloat16, torch.bfloat16, "lora", False),
-        (sharded_folder, torch.float32, torch.bfloat16, "dora", False),
+        *thorough((sharded_folder, torch.float32, torch.bfloat16, "dora", False)),
         (pickle, torch.float16, torch.float32, "lokr", False),
-        (scaled_float8, torch.float16, torch.bfloat16, "lora", False),
-        (single_file, torch.bfloat16, torch.float32, "", False),
+        *thorough(
+            (scaled_float8, torch.float16, torch.bfloat16, "lora", False),
+            (single_file, torch.bfloat16, torch.float32, "", False),
+        ),
         (sharded_folder, torch.float32, torch.float32, "", True),
     ],
     ids=["bf16", "float32 as bf16", "pickle", "scaled float8", "trained", "pure_bf16"],
@@ -185,8 +188,10 @@ def encoded_learner(path: Path, encoding: str, adapter: str, in_file: bool) -> L
     "write, stored, encoding, adapter",
     [
         (sharded_folder, torch.float32, "nf4", "dora"),
-        (single_file, torch.bfloat16, "int8", "lora"),
-        (scaled_float8, torch.float16, "float8", "lora"),
+        *thorough(
+            (single_file, torch.bfloat16, "int8", "lora"),
+            (scaled_float8, torch.float16, "float8", "lora"),
+        ),
         (scaled_float8, torch.float16, "nf4", "lora"),
     ],
 )

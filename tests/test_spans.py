@@ -15,6 +15,7 @@ from mmdit.data.dataset.records import read_records
 from mmdit.data.dataset.sources import extract_frames
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of
 from mmdit.data.dataset.videos import probe, read_video, thumbnails
+from tests.helpers.thorough import thorough
 from tests.test_cache import VIDEO, run, write_meta
 from tests.test_videos import write_frames
 
@@ -53,7 +54,7 @@ OPEN = {"x264-params": "open-gop=1:bframes=3:keyint=10:min-keyint=10"}  # frames
 @pytest.mark.parametrize(
     "name, codec, b_frames, options",
     [
-        ("a.mp4", "mpeg4", 0, None),
+        *thorough(("a.mp4", "mpeg4", 0, None)),
         ("b.mp4", "mpeg4", 2, None),  # stored in another order than shown
         ("a.avi", "mpeg4", 2, None),  # whose container finds no key frames
         ("a.ts", "mpeg2video", 2, None),  # the same

@@ -549,6 +549,7 @@ class Reader(nn.Module):
         )
 
 
+@pytest.mark.thorough
 def test_byte_level_learns_which_colour_belongs_to_what():
     """Object and background share their colour words; only order and templates tell whose is
     whose."""

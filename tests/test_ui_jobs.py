@@ -32,6 +32,7 @@ from mmdit.ui.job_requests import JobRequest
 from mmdit.ui.job_runner import Runner
 from mmdit.ui.processes import identity, is_alive, terminate
 from tests.helpers.browser import browser, send, workplace
+from tests.helpers.thorough import thorough_unless
 
 CONFIG = "configs/quickstart.yaml"
 VTP_CONFIG = "VTP/configs/vtp_tiny_f16d64_stage1.yaml"
@@ -189,7 +190,10 @@ def test_a_value_that_cannot_be_names_its_key(text):
 
 
 # ── forms of commands ──
-@pytest.mark.parametrize("name", ui.offers())
+OFTEN = {"train", "posttrain", "train-vtp", "sample", "evaluate", "export", "cache-latents"}
+
+
+@pytest.mark.parametrize("name", thorough_unless(lambda name: name in OFTEN, ui.offers()))
 def test_every_argument_has_a_field_on_the_page_of_its_command(name, tmp_path):
     """A configuration and its overrides are fields of their own; `--interactive` needs somebody
     who types."""

@@ -15,6 +15,7 @@ from mmdit.training.graphs.update_graph import ReplayedUpdates
 from mmdit.training.muon import StackedMuon
 from mmdit.training.optim import Optimizer, clip_and_guard
 from tests.helpers.tapes import pretended_graphs
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, trained_tensors
 
 WORDS = ("train.compile=true", "train.max_steps=6")
@@ -38,10 +39,9 @@ def trained(workshop: Workshop, name: str, *words: str) -> dict[str, torch.Tenso
 @pytest.mark.parametrize(
     "words",
     [
-        (),
-        ("train.optimizer=muon", "train.lr_schedule=cosine"),
+        *thorough(((),), (("train.optimizer=muon", "train.lr_schedule=cosine"),)),
         ("train.optimizer=muon", "train.grad_accum_steps=2", "train.grad_clip=0.01"),
-        ("train.optimizer=muon", "train.warmup_steps=5", "train.precision=bf16"),
+        *thorough((("train.optimizer=muon", "train.warmup_steps=5", "train.precision=bf16"),)),
         ("train.grad_clip=0", "text_encoder={type: byte_level, dim: 16, lr_scale: 0.3}"),
     ],
 )

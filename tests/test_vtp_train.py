@@ -47,6 +47,7 @@ from mmdit.vtp_training.self_supervision import (
     taking_part,
 )
 from mmdit.vtp_training.tokenizer_scores import psnr
+from tests.helpers.thorough import thorough
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -334,6 +335,7 @@ def test_max_minutes_are_kept_by_a_run_that_was_killed(tmp_path, monkeypatch):
     assert windows_after(20, anew=False) == {} and windows_after(20, anew=True) == {22: 26}
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, capsys):
     configs = [configured(tmp_path / name, max_steps=4) for name in ("straight", "stopped")]
     straight = pretrain(configs[0], CPU)
@@ -367,6 +369,7 @@ def poisoned(trainer, *steps):
     trainer.source.batch = batch
 
 
+@pytest.mark.thorough
 def test_one_bad_batch_costs_one_step_and_nothing_else(tmp_path):
     """In both stages: nothing that is trained, averaged or teaches takes a number that is none."""
     trainer = TokenizerTrainer(configured(tmp_path, semantic=True, max_steps=10), CPU)
@@ -381,7 +384,9 @@ def test_one_bad_batch_costs_one_step_and_nothing_else(tmp_path):
         )
 
 
-@pytest.mark.parametrize("bad, ends", [((2, 3, 4, 5), True), ((2, 3, 5, 6), False), ((5,), False)])
+@pytest.mark.parametrize(
+    "bad, ends", [((2, 3, 4, 5), True), ((2, 3, 5, 6), False), *thorough(((5,), False))]
+)
 def test_too_many_bad_steps_in_a_row_end_the_run_and_one_does_not(tmp_path, monkeypatch, bad, ends):
     config = configured(tmp_path / "run", max_steps=8, log_every_steps=3, max_skipped_steps=3)
     made = TokenizerTrainer.__init__

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mmdit.interop.wan_weights import load_dit, save_dit
 from mmdit.models.wan import WanConfig, WanDiT
+from tests.helpers.thorough import thorough_unless
 
 GOLDEN = Path(__file__).parent / "golden" / "wan_t2v_tiny"
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -238,7 +239,7 @@ def test_inputs_that_do_not_belong(folder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", thorough_unless(lambda name: name == "flf2v", VARIANTS))
 def test_diffusers_computes_the_same(tmp_path, name):
     """Its sinusoid is float32, which alone costs 2e-6 (specification): the bar is 1e-5."""
     diffusers = pytest.importorskip("diffusers")

@@ -63,6 +63,7 @@ def told(pipeline) -> dict:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shop", [*thorough("i2v a14b", "i2v 2.1"), "flf2v"], indirect=True)
 def test_training_tells_the_network_what_sampling_tells_it(shop):
     pipeline, _ = load_pipeline(shop.release, "cpu")
     config = pipeline.learner.model.config
@@ -140,6 +141,7 @@ def test_adapters_and_all_weights_learn_and_are_sampled(shop, tmp_path):
         assert json.loads((out / "samples.json").read_text())["image"] == images[1::2]
 
 
+@pytest.mark.thorough
 def test_a_pair_is_trained_on_pictures(tmp_path):
     shop = continuing(Shop(tmp_path, I2V, pair=True), "first")
     run = shop.train("high", "model.expert=high", "model.boundary=0.9", LORA)

@@ -102,6 +102,7 @@ def test_a_stream_in_bfloat16_is_half_as_large_and_close():
     assert torch.equal(exact(X, T, TEXT), expected)
 
 
+@pytest.mark.thorough
 def test_a_block_compiles_without_breaks_and_gives_the_same_when_it_is_recomputed(opaque_einops):
     config = replace(
         VARIANTS["flf2v"], num_layers=1
@@ -149,7 +150,9 @@ def test_a_compiled_block_keeps_products_and_attention_for_its_backward_pass():
         return make_boxed_func(graph.forward)
 
     model.blocks[1].compile(
-        backend=aot_autograd(fw_compiler=looked_at, partition_fn=PARTITION), dynamic=False
+        backend=aot_autograd(fw_compiler=looked_at, partition_fn=PARTITION),
+        dynamic=False,
+        fullgraph=True,
     )
     expected = step(adapted())
     output, gradients = step(model)

@@ -72,6 +72,7 @@ def test_helpers_work_in_order_and_end_with_the_process_that_they_help_even_if_i
     os.close(ours)
 
 
+@pytest.mark.thorough
 def test_a_record_that_kills_its_worker_is_skipped_and_the_rest_is_cached(deadly, tmp_path, capfd):
     before = signal.getsignal(signal.SIGCHLD)
     report = run(deadly, tmp_path / "cache", num_workers=2)

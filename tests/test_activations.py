@@ -11,6 +11,7 @@ from torch import nn
 from mmdit.models.routing import TreadConfig
 from mmdit.nn import activations
 from mmdit.nn.activations import Activations, Away, Channel, Sent, recompute
+from tests.helpers.thorough import thorough
 from tests.test_memory_ladder import adapted, passes
 from tests.test_model import SMALL, TIMES, awake, captions, clip
 from tests.test_wan_step import count_runs
@@ -173,7 +174,7 @@ def test_compiled_blocks_leave_theirs_too(late, checkpointing):
     assert len(late.taken) == blocks if checkpointing else len(late.taken) > 5 * blocks
 
 
-@pytest.mark.parametrize("encoding", [None, "nf4"])
+@pytest.mark.parametrize("encoding", [*thorough(None), "nf4"])
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_wan_has_the_same_gradients_with_activations_on_the_cpu(late, every, encoding):
     model = adapted(checkpointing=every > 0, encoding=encoding)

@@ -367,7 +367,7 @@ def test_merging_a_model_keeps_its_outputs(kind):
     torch.testing.assert_close(merge(model)(*arguments), expected, rtol=1e-4, atol=1e-4)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", thorough_unless(lambda kind: kind in ("dora", "lokr"), KINDS))
 def test_a_share_of_an_adapter_is_that_share_of_its_way(kind):
     names, plain = list(adapters(adapted(kind))), base()
     whole, half, none = (merge(adapted(kind), strength) for strength in (1.0, 0.5, 0.0))

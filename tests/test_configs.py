@@ -149,8 +149,6 @@ TRAINED = {
     "quickstart",
     "t2i_emoji_256",
     "t2i_vtp_256_flow_matching_anime_buckets",
-    "t2v_clips_256_16f",
-    "t2v_vtp_256_32f",
     "t2v_vtp_64_16f",
     "t2v_vtp_720_refine",
     "t2v_vtp_720_super_resolution",

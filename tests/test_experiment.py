@@ -31,6 +31,7 @@ from mmdit.training import checkpoint
 from mmdit.training.continuing import kept_no_longer
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.train_config import TrainConfig
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import FOUR_STEPS, Workshop, refused
 
 PROMPTS = ["a large red star on a navy background", "blue"]
@@ -313,6 +314,7 @@ def test_a_resume_with_other_data_says_so_and_one_with_the_same_elsewhere_does_n
     assert f"before 12 items in {grown} (check sum " in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_one_of_several_sources_that_was_packed_goes_on_under_its_name(shop, capsys):
     """The name of a source decides in which order its items come."""
     first, second = shop.cache("pictures"), shop.cache("second", count=6)
@@ -785,7 +787,7 @@ def trained(shop):
 
 @torch.no_grad()
 @pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("adapter", ["lora", "dora", "lokr"])
+@pytest.mark.parametrize("adapter", ["lora", *thorough("dora", "lokr")])
 def test_new_adapters_leave_the_model_that_a_run_starts_from_as_it_is(
     shop, trained, adapter, experts
 ):

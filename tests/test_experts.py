@@ -71,7 +71,7 @@ def plan(objective=UNIFORM, boundary=0.875, trained=NAMES, seed=0, **options):
 
 
 # ── whose turn ────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("every", [1, 7, 100])
+@pytest.mark.parametrize("every", [*thorough(1), 7, *thorough(100)])
 @pytest.mark.parametrize("trained", [("high",), ("low",), NAMES])
 def test_the_turn_is_what_a_running_loop_would_count_from_any_resume(trained, every):
     position, left, counted = 0, every, []  # a loop with a state
@@ -658,6 +658,7 @@ def test_a_pair_that_knows_crops_is_validated(shop):
     assert 0 < records(run)[-1]["val_loss"] < 100
 
 
+@pytest.mark.thorough
 def test_each_expert_has_its_own_phases(shop):
     """Windows, steps and alphas by expert; both start from the adapters of a single run."""
     words = [word for word in shop.words if not word.startswith("train.init_from")]

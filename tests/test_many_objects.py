@@ -91,7 +91,7 @@ def test_version_2_is_what_it_was_and_says_what_is_stated():
     assert Recipe(64, 64, variant="many").version == 2 and Recipe(64, 64).version == 1
 
 
-@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize("video", [*thorough(False), True])
 def test_no_sample_depends_on_its_company(video):
     every = many(30, video=video)
     assert {len(item.objects) for item in every} == {1, 2, 3, 4}
@@ -156,7 +156,7 @@ def test_training_shows_every_word_with_every_task():
     assert relations == set(RELATION_WORDS)
 
 
-@pytest.mark.parametrize("width, video", [(64, True), (112, False)])
+@pytest.mark.parametrize("width, video", [(64, True), *thorough((112, False))])
 def test_objects_never_touch_and_stay_where_the_relation_says(width, video):
     facts = many(36, video=video, width=width)
     for item in facts:
@@ -241,7 +241,8 @@ def test_prepared_samples_hold_task_and_relations(tmp_path):
 
 # ── oracle ────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
-    "width, height, frames, count", [(64, 64, 1, 150), (128, 128, 1, 40), (112, 64, 8, 16)]
+    "width, height, frames, count",
+    [*thorough((64, 64, 1, 150), (128, 128, 1, 40)), (112, 64, 8, 16)],
 )
 def test_the_oracle_reads_its_own_pictures(width, height, frames, count):
     facts = many(count, seed=9, video=frames > 1, width=width, height=height)

@@ -276,6 +276,7 @@ def test_on_a_cpu_a_warning_says_that_nothing_is_offloaded():
     assert not any(isinstance(weight, StoredWeight) for weight in learner.parameters())
 
 
+@pytest.mark.thorough
 def test_runs_on_offloaded_blocks_write_the_same_checkpoints_and_go_on(tmp_path, monkeypatch):
     shop = Workshop(tmp_path)
     base = shop.train("base")

@@ -331,8 +331,8 @@ def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
             ("grpo, early steps", -0.22, 0.75, EARLY),
             ("guard", -0.18, 0.68, GRPO | {"algorithm": "guard"}),
         ),
-        ("nft", -0.12, 0.92, NFT | {"lr": 8e-4}),
         *thorough(
+            ("nft", -0.12, 0.92, NFT | {"lr": 8e-4}),
             ("awm", -0.12, 0.90, AWM | {"lr": 8e-4}),
             ("dpo online", -0.22, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
         ),
@@ -370,10 +370,11 @@ def test_the_reward_rises_and_the_pictures_stay(tmp_path, name, reward, keep, se
     [
         EARLY,
         GRPO | {"algorithm": "guard"},
+        NFT | {"lr": 8e-4},
         AWM | {"lr": 8e-4},
         {"algorithm": "dpo", "dpo": DPOConfig(source="online")},
     ],
-    ids=("grpo, early steps", "guard", "awm", "dpo online"),
+    ids=("grpo, early steps", "guard", "nft", "awm", "dpo online"),
 )
 def test_the_reward_begins_to_rise(tmp_path, settings):
     last = run(session(tmp_path, evaluated=64, **FEW | {"epochs": 6} | settings))

@@ -302,7 +302,7 @@ def test_an_update_moves_the_adapters_of_one_expert_alone(algorithm, frames):
 
 @pytest.mark.parametrize(
     "path",
-    thorough_unless(lambda path: path.stem in ("wan_nft", "wan_srpo"), RECIPES),
+    thorough_unless(lambda path: path.stem == "wan_srpo", RECIPES),
     ids=lambda path: path.stem,
 )
 def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(

@@ -83,7 +83,7 @@ def draw(shop, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("words", [[], ["--frames", "2"]])
+@pytest.mark.parametrize("words", [*thorough([]), ["--frames", "2"]])
 def test_stopped_drawing_goes_on_and_ends_with_the_same_files(draw, words):
     pytest.importorskip("av")
     whole = draw("whole", *words)

@@ -24,6 +24,7 @@ from mmdit.diagnostics.task_accuracy import (
 )
 from mmdit.pixels import to_unit
 from mmdit.scripts import evaluate
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import refused
 from tests.test_prompt_accuracy import Pixels
 
@@ -54,7 +55,7 @@ def report_of(sample, frames=1, tokenizer=None, count=16):
     return task_accuracy_report(sample, tokenizer or Pixels(), **size, count=count, batch=10)
 
 
-@pytest.mark.parametrize("frames, count", [(1, 9), (4, 2)])
+@pytest.mark.parametrize("frames, count", [*thorough((1, 9)), (4, 2)])
 def test_a_perfect_sampler_scores_one_in_every_task(frames, count):
     report = report_of(perfect(frames), frames, count=count)
     assert json.loads(json.dumps(report)) == report and report["variant"] == "many"

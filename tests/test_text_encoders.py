@@ -28,6 +28,7 @@ from mmdit.text_encoders import words as words_module
 from mmdit.text_encoders.byte_level import WORD_BYTES, byte_rows, side_by_side, spell
 from mmdit.text_encoders.words import split_words
 from tests.helpers import warm
+from tests.helpers.thorough import thorough
 
 try:
     import transformers
@@ -601,7 +602,7 @@ def reference(name, model, ids):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("freeze", [*thorough(True), False])
 def test_hf_gives_what_the_library_gives_without_padding(checkpoint, name, freeze):
     folder, model = checkpoint(name)
     encoder = hf(folder, freeze=freeze)

@@ -19,6 +19,7 @@ import pytest
 from mmdit.config import ConfigError
 from mmdit.scripts import train_t2v
 from mmdit.training.trackers import TrackConfig
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ def shop(tmp_path_factory):
     return Workshop(tmp_path_factory.mktemp("trackers"))
 
 
-@pytest.fixture(params=["wandb", "trackio"])
+@pytest.fixture(params=[*thorough("wandb"), "trackio"])
 def library(request, monkeypatch):
     """A stand-in for the library; `library.runs`: of each run how it began, what it was told by
     step, and how it ended."""

@@ -56,6 +56,7 @@ def test_replayed_updates_leave_the_same_bits(tapes, tmp_path, words):
     assert [name for name in plain if not torch.equal(plain[name], replayed[name])] == []
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_goes_on_with_the_same_bits(tapes, tmp_path):
     workshop = Workshop(tmp_path)
     words = ("train.optimizer=muon", "train.lr_schedule=cosine", "train.max_steps=8")

@@ -297,6 +297,7 @@ def test_resume_is_exact_with_every_loss(tmp_path):
         other.restore()
 
 
+@pytest.mark.thorough
 def test_max_minutes_plans_the_run_from_the_measured_speed(tmp_path, monkeypatch):
     monkeypatch.setattr("mmdit.vtp_training.pretrain_trainer.CALIBRATION", {2: 4, 6: 8})
     monkeypatch.setattr("mmdit.vtp_training.pretrain_loop.EXPORT_SECONDS", 0)
@@ -696,6 +697,7 @@ def test_a_disk_that_is_full_is_named_when_metrics_cannot_be_written(tmp_path, m
         pretrain(config, CPU)
 
 
+@pytest.mark.thorough
 def test_a_decoder_of_an_encoder_without_statistics_is_exported_without(tmp_path):
     """Latents are normalised as before; the file was missed only when the training was done."""
     start = pretrain(configured(tmp_path / "a", max_steps=2), CPU)

@@ -359,7 +359,9 @@ def test_any_config_of_any_variant_survives_both_layouts_and_computes_the_same(
     )  # tiny widths: rounding is not averaged
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", *thorough("diffusion_model.", "model.")]
+)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 def test_single_files_with_and_without_a_prefix(tmp_path, prefix, suffix):
     model = random_model(

@@ -640,6 +640,7 @@ def test_mixtures_are_refused_in_one_sentence(shop, pair, capsys, tmp_path):
         )
 
 
+@pytest.mark.thorough
 def test_a_trained_transformer_leaves_in_both_layouts(shop, pair, tmp_path, capsys):
     """All weights: what a run holds is what either layout holds, bit for bit; of a pair the expert
     that was trained."""
@@ -838,7 +839,7 @@ def runs(pair):
     }
 
 
-@pytest.mark.parametrize("kind", ["experts", "model"])
+@pytest.mark.parametrize("kind", ["experts", *thorough("model")])
 def test_export_takes_the_expert_that_was_trained_and_says_so(pair, runs, tmp_path, kind, capsys):
     draw = ["--checkpoint", str(runs[kind])]
     export.main([*draw, "--out", str(tmp_path / "dit"), "--layout", "official"])
@@ -907,6 +908,7 @@ def test_of_two_trained_experts_it_is_said_which_is_written(pair, runs, tmp_path
     )
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_measured_and_drawn_on_its_own_expert(runs, tmp_path, capsys):
     """What it moves is what laying it over that expert moves."""
     (tmp_path / "p.txt").write_text("a red star")
@@ -997,6 +999,7 @@ def test_one_guidance_is_for_both_experts_and_a_file_says_whose_it_is(pair, runs
     assert "laid over the low-noise expert" in told and "its name" not in told
 
 
+@pytest.mark.thorough
 def test_a_file_with_both_experts_is_laid_over_both(pair, runs, tmp_path, capsys):
     """Its low half was left out without a word where the file was given as --lora alone."""
     draw = [
@@ -1113,6 +1116,7 @@ def adapter_deltas(model):
     return {name: layer.delta() for name, layer in adapters(model).items()}
 
 
+@pytest.mark.thorough
 def test_an_expert_of_a_pair_s_run_goes_on_alone(pair, runs, capsys):
     lora = [
         "lora={enabled: true, rank: 2, alpha: 8, target_modules: [q]}",

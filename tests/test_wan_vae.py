@@ -15,6 +15,7 @@ from mmdit.tokenizers import WanVAETokenizerConfig, build_tokenizer
 from mmdit.tokenizers.wan_vae import FILES, STATISTICS
 from mmdit.tokenizers.wan_vae_network import WanVAE, WanVAESizes
 from mmdit.tokenizers.with_picture import WithPicture
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +60,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["official", "diffusers", "repacked"])
+@pytest.mark.parametrize("layout", ["official", *thorough("diffusers", "repacked")])
 @pytest.mark.parametrize("version", SIZES)
 def test_the_numbers_of_the_official_code(tmp_path, version, layout):
     tokenizer, known = opened(tmp_path, version, layout), golden(version)

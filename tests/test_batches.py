@@ -17,6 +17,7 @@ from mmdit.data.cache.packing import pack_cache
 from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.interfaces import LatentSpec
+from tests.helpers.thorough import thorough
 
 
 def listing(*groups):
@@ -247,7 +248,7 @@ def test_tiles_say_their_place_and_follow_the_step_of_the_training(cache):
     assert again.ids == drawn[0].ids and not torch.equal(*corners)
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [*thorough(0), 3])
 @pytest.mark.parametrize("where", [True, False])
 def test_iterating_from_any_step_goes_on_as_if_never_stopped(cache, where, workers):
     batches = make(cache, VideoConfig(num_frames=2), in_memory=where, num_workers=workers)

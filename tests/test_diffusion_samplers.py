@@ -106,7 +106,7 @@ def test_order_of_accuracy(name, solver, order):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     "objective",
-    thorough_unless(lambda name: name in ("flow cosine", "flow x0", "ddpm eps"), OBJECTIVES),
+    thorough_unless(lambda name: name in ("flow cosine", "ddpm eps"), OBJECTIVES),
     indirect=True,
 )
 def test_every_solver_converges_to_the_flow_on_every_path(objective, solver):

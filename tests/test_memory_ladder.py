@@ -218,7 +218,7 @@ def passes(model, autocast):
     return results
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [*thorough(False), True])
 @pytest.mark.parametrize(
     "encoding, autocast",
     [(None, False), (None, True), ("float8", True), ("int8", True), ("nf4", False), ("nf4", True)],

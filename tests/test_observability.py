@@ -25,6 +25,7 @@ from mmdit.scripts import plot_run
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.validation import QUANTILES, FixedTimes, Validation
+from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 from tests.test_batches import listing
 
@@ -38,7 +39,7 @@ def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case", ["clip", "picture", "routed", "adapters"])
+@pytest.mark.parametrize("case", [*thorough("clip", "picture"), "routed", "adapters"])
 def test_operations_are_those_that_torch_counts(case):
     tread = TreadConfig(enabled=True, apply_to=(1, 2)) if case == "routed" else None
     model = build_model(VideoMMDiTConfig(dim=64, depth=3, num_heads=2, window_size=4), 8, 16, tread)

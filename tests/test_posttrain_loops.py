@@ -599,7 +599,7 @@ def shop(tmp_path_factory):
     return PosttrainShop(tmp_path_factory.mktemp("posttrain"))
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", *thorough("guard", "nft", "awm"), "srpo", "dpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", *thorough("guard", "nft", "awm", "srpo"), "dpo"])
 def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys):
     from mmdit.experiment.load import load_pipeline
 

@@ -194,8 +194,7 @@ def assert_equal(one: dict, two: dict) -> None:
     "algorithm, trained",
     [
         ("nft", "low"),
-        ("dpo", "low"),
-        *thorough(*((name, "low") for name in ("grpo", "guard", "awm", "srpo"))),
+        *thorough(*((name, "low") for name in ALGORITHMS if name != "nft")),
         *(pytest.param(name, "high", marks=pytest.mark.slow) for name in ALGORITHMS),
     ],
 )

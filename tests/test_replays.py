@@ -70,7 +70,7 @@ def trained(
     "words, graphs",
     [
         *thorough(((), 1), (("train.precision=bf16", "train.grad_accum_steps=2"), 1)),
-        (("tread.enabled=true", "tread.apply_to=[0, 1]"), 1),
+        *thorough((("tread.enabled=true", "tread.apply_to=[0, 1]"), 1)),
         *thorough((("model.crop=true", "model.residual=autocast", "train.precision=bf16"), 1)),
         (
             (

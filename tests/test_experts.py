@@ -509,6 +509,7 @@ def draw(learner, t):
         return learner.model(x, torch.full((2,), 1000.0 * t), text)
 
 
+@pytest.mark.thorough
 def test_from_a_config_to_files_and_pictures(shop):
     """Each expert's file on the plain base gives what the pair gives on its side of the boundary;
     combined files, exports and the checkpoint agree; sampling goes through both."""

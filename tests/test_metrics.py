@@ -271,6 +271,7 @@ def kill_writers(folder: Path) -> int:
     return at
 
 
+@pytest.mark.thorough
 def test_killed_at_any_byte_the_log_resumes_whole(tmp_path):
     """They are forked by a process that holds little, unlike that of the tests."""
     code = "import sys, pathlib, tests.test_metrics as tested\n"

@@ -44,9 +44,8 @@ def shop(tmp_path_factory):
 
 
 # ── earlier attempts ──────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize(
-    "word", [*thorough("seed=3"), "posttrain.rewards=[{type: brightness, weight: -1}]"]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("word", ["seed=3", "posttrain.rewards=[{type: brightness, weight: -1}]"])
 def test_pairs_of_an_attempt_that_saved_nothing_are_taken_only_where_they_would_be_made_again(
     shop, word
 ):

@@ -335,19 +335,19 @@ def test_motion_of_clips_is_learnt_from_the_least_that_must_be_stored(tmp_path):
             ("nft", -0.12, 0.92, NFT | {"lr": 8e-4}),
             ("awm", -0.12, 0.90, AWM | {"lr": 8e-4}),
             ("dpo online", -0.22, 0.75, {"algorithm": "dpo", "dpo": DPOConfig(source="online")}),
-        ),
-        (
-            "dpo offline",
-            -0.22,
-            0.90,
-            {
-                "algorithm": "dpo",
-                "dpo": DPOConfig(collect=512, beta=20),
-                "kl": KLConfig(beta=0.03),
-                "prompts_per_epoch": 64,
-                "draws_per_sample": 2,
-                "epochs": 60,
-            },
+            (
+                "dpo offline",
+                -0.22,
+                0.90,
+                {
+                    "algorithm": "dpo",
+                    "dpo": DPOConfig(collect=512, beta=20),
+                    "kl": KLConfig(beta=0.03),
+                    "prompts_per_epoch": 64,
+                    "draws_per_sample": 2,
+                    "epochs": 60,
+                },
+            ),
         ),
     ],
 )

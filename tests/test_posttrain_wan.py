@@ -284,7 +284,7 @@ def test_rewards_see_chosen_frames_as_the_whole_clip_has_them_and_each_expert_it
 
 
 @pytest.mark.parametrize(
-    "frames, algorithm", [(1, "grpo"), *thorough((1, "srpo"), (5, "grpo")), (5, "srpo")]
+    "frames, algorithm", [(1, "grpo"), *thorough((1, "srpo"), (5, "grpo"), (5, "srpo"))]
 )
 def test_an_update_moves_the_adapters_of_one_expert_alone(algorithm, frames):
     report = updates(algorithm, TINY, 32, 32, frames, vae=4)

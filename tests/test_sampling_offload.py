@@ -67,6 +67,7 @@ def test_given_pictures_reach_the_network(continued, offload):
     assert torch.equal(drawn, expected(continued, PICTURES))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("offload", [*thorough("model"), "sequential"])
 def test_our_own_network_draws_the_same(offload):
     path = "assets/moving_shapes_64.safetensors"

@@ -88,6 +88,20 @@ def most(section: object, bound: int, *names: str) -> None:
             raise ConfigError(name, f"is {value}; must be at most {bound}")
 
 
+def changed_keys(section: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return those of the keys `names` (none: of all but `enabled`) of a section that have not
+    their default, and what that is."""
+    changed = {}
+    for field in dataclasses.fields(section):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        asked = field.name in names or (not names and field.name != "enabled")
+        if asked and getattr(section, field.name) != default:
+            changed[field.name] = default
+    return changed
+
+
 def shortened(text: str, most: int) -> str:
     """Return a short text as it is, and of a long one the beginning and the end, where the remedy
     is."""

@@ -188,7 +188,7 @@ def test_a_key_of_what_the_config_has_not_is_refused(shop, word, expected):
 
 def test_a_norm_that_awm_does_not_take_is_refused():
     with pytest.raises(ConfigError, match="ratio.norm: is sum, which has no effect in awm"):
-        decode(PosttrainConfig, {"algorithm": "awm", "ratio": {"norm": "sum"}})
+        decode(PosttrainConfig, {"algorithm": "awm", "ratio": {"norm": "sum"}}).check_idle()
 
 
 def test_a_tokenizer_has_no_previews_and_no_tower_without_contrast():

@@ -31,8 +31,9 @@ from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.training.checkpoint import latest, read_tensors
 from mmdit.training.errors import RunError
 from mmdit.training.learner import Learner
+from mmdit.training.run_folder import ENDED_BY, RunFolder, RunState
 from tests.drivers import show_posttrain
-from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.posttrain_shop import SRPO_WORDS, PosttrainShop, command
 from tests.helpers.thorough import thorough
 from tests.helpers.tiny import FOUR_STEPS, refused
 from tests.helpers.toy_posttrain import Colour, Glass, Keep, RedOverBlue, pretrained, run, session
@@ -539,7 +540,12 @@ def test_srpo_comes_to_rest(tmp_path):
 
 def test_growth_and_drift_stop_srpo(tmp_path, capsys):
     last = run(session(tmp_path / "growth", epochs=50, srpo=words(max_std_growth=1.001), **SRPO))
-    assert last["step"] < 50 and "deviation grew" in capsys.readouterr().out
+    assert last["step"] < 50 and "deviation grew" in last[ENDED_BY]
+    (tmp_path / "growth/config.yaml").write_text("train: {max_steps: 50}")
+    state = RunFolder(tmp_path, "growth").state(last, set())
+    assert state == RunState("finished", last[ENDED_BY])
+    assert RunFolder(tmp_path, "growth").state({"step": last["step"]}, set()).word == "stopped"
+    assert "deviation grew" in capsys.readouterr().out
     last = run(session(tmp_path / "drift", epochs=50, srpo=words(), max_drift=1e-3, **SRPO))
     assert last["step"] < 50 and "max_drift" in capsys.readouterr().out
 
@@ -603,7 +609,10 @@ def shop(tmp_path_factory):
 def test_the_command_trains_resumes_and_its_result_draws(shop, algorithm, capsys):
     from mmdit.experiment.load import load_pipeline
 
-    extra = [f"posttrain.algorithm={algorithm}", "posttrain.dpo={collect: 4, batch: 1}"]
+    extra = [f"posttrain.algorithm={algorithm}"]
+    extra += {"dpo": ["posttrain.dpo={collect: 4, batch: 1}"], "srpo": SRPO_WORDS}.get(
+        algorithm, []
+    )
     assert posttrain.main(command(shop, algorithm, *extra, "--dry-run")) == 0
     told = capsys.readouterr().out
     assert "noise levels" in told and not (shop.folder / "runs" / algorithm).exists()
@@ -655,7 +664,7 @@ def test_the_best_on_held_out_prompts_is_kept_apart(shop, monkeypatch, capsys):
 
 
 def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch):
-    extra = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.cache('pictures')}"]
+    extra = [*SRPO_WORDS, f"posttrain.srpo.latents={shop.cache('pictures')}"]
     monkeypatch.setattr(Rollouts, "sample", None)
     monkeypatch.setattr(StopRules, "drift", lambda rules: 0.0)
     assert posttrain.main(command(shop, "real", *extra)) == 0
@@ -671,7 +680,7 @@ def test_srpo_takes_real_latents_in_place_of_rollouts(shop, capsys, monkeypatch)
     refused(
         capsys,
         posttrain.main,
-        command(shop, "none", *extra[:1], "posttrain.srpo.latents=nowhere"),
+        command(shop, "none", *SRPO_WORDS, "posttrain.srpo.latents=nowhere"),
         "posttrain.srpo.latents",
         "nowhere",
     )
@@ -682,7 +691,7 @@ def test_srpo_refuses_latents_of_another_tokenizer_of_the_same_shape(shop, capsy
     shutil.copytree(shop.cache("pictures"), other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "another"}))
-    words = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={other}"]
+    words = [*SRPO_WORDS, f"posttrain.srpo.latents={other}"]
     refused(capsys, posttrain.main, command(shop, "other", *words), "of this tokenizer")
 
 
@@ -751,7 +760,7 @@ def test_own_prompts_are_judged_by_the_rewards_themselves(shop, capsys):
             (shop.folder / "runs/unjudged/metrics.jsonl").read_text().splitlines()[0]
         )
     )
-    srpo = ["posttrain.algorithm=srpo", own[0]]  # whose rewards are never asked
+    srpo = [*SRPO_WORDS, own[0]]  # whose rewards are never asked
     assert posttrain.main(command(shop, "own_srpo", *srpo, "--dry-run")) == 0
     capsys.readouterr()
 
@@ -762,6 +771,7 @@ def test_a_dry_run_tells_what_the_run_would_stumble_over(shop, capsys):
     light = "posttrain.rewards=[{type: brightness}]"
     posttrain.main(command(shop, "there", light))
     offline = "posttrain.algorithm=dpo"
+    given = [offline, *SRPO_WORDS[1:], "posttrain.prompts_per_epoch=16"]
     for words, *parts in (
         ([own], "posttrain.rewards[1]", "facts", "moving_shapes"),
         (
@@ -777,7 +787,7 @@ def test_a_dry_run_tells_what_the_run_would_stumble_over(shop, capsys):
         (["posttrain.eval_prompts=-1"], "posttrain.eval_prompts"),
         (["train.sample_cfg_interval=[0.8, 0.2]"], "interval"),
         (["posttrain.rollout.guidance_low=3"], "posttrain.rollout.guidance_low", "no pair"),
-        ([offline, "posttrain.dpo.pairs=nowhere.safetensors"], "posttrain.dpo.pairs", "nowhere"),
+        ([*given, "posttrain.dpo.pairs=nowhere.safetensors"], "posttrain.dpo.pairs", "nowhere"),
         (
             [offline, "posttrain.dpo={collect: 2, batch: 3}"],
             "posttrain.dpo.batch",
@@ -855,9 +865,7 @@ def test_latents_can_be_rewarded_without_a_decoder(tmp_path, monkeypatch):
             ("posttrain.algorithm=dpo", "posttrain.dpo={collect: 4, batch: 2, beta: 5}"),
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            ("posttrain.algorithm=srpo", "posttrain.micro_batch=1"), marks=pytest.mark.slow
-        ),
+        pytest.param((*SRPO_WORDS, "posttrain.micro_batch=1"), marks=pytest.mark.slow),
     ],
     ids=("grpo", "dpo", "srpo"),
 )

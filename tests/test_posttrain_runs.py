@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, decode
 from mmdit.posttrain.dpo_offline import read_pairs
-from mmdit.posttrain.posttrain_config import DPOConfig, PosttrainConfig
+from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.rewards import Brightness
 from mmdit.scripts import export, posttrain
 from mmdit.text_encoders.byte_level import ByteLevelEncoder
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint, runs
-from tests.helpers.posttrain_shop import PosttrainShop, command
+from tests.helpers.posttrain_shop import SRPO_WORDS, PosttrainShop, command
 from tests.helpers.tiny import refused
 
 
@@ -85,7 +85,7 @@ def test_a_key_of_training_alone_is_refused_where_it_would_do_nothing(shop, caps
 
 @pytest.mark.parametrize("key, value", [("frame_stride", "2"), ("shrink_video_to_frames", "true")])
 def test_real_clips_that_move_otherwise_than_the_model_s_are_refused(shop, capsys, key, value):
-    words = ["posttrain.algorithm=srpo", f"posttrain.srpo.latents={shop.folder}"]
+    words = [*SRPO_WORDS, f"posttrain.srpo.latents={shop.folder}"]
     words += ["video.num_frames=4", f"video.{key}={value}"]
     expected = (f"video.{key}: is {value}", "more slowly than the model's")
     refused(capsys, posttrain.main, command(shop, "never", *words), *expected)
@@ -115,7 +115,7 @@ def test_prompts_have_the_trigger_word_and_rewards_judge_without_it(shop, monkey
     )
     words = [f"posttrain.algorithm={algorithm}", "captions.trigger=zork"]
     if algorithm == "srpo":
-        words.append(f"posttrain.srpo.latents={shop.cache('pictures')}")
+        words += [*SRPO_WORDS, f"posttrain.srpo.latents={shop.cache('pictures')}"]
     assert (
         posttrain.main(
             command(
@@ -132,11 +132,10 @@ def test_a_resume_with_other_real_samples_says_so_and_an_export_does_not_name_th
     shop, tmp_path, capsys
 ):
     first, other = shop.cache("pictures"), shop.cache("others", count=6)
-    words = ["posttrain.algorithm=srpo", "posttrain.srpo.latents={}"]
     for step, cache in ((2, first), (3, first), (4, other)):
         capsys.readouterr()
         more = ["--resume"] if step > 2 else []
-        given = [words[0], words[1].format(cache), f"train.max_steps={step}", *more]
+        given = [*SRPO_WORDS, f"posttrain.srpo.latents={cache}", f"train.max_steps={step}", *more]
         assert posttrain.main(command(shop, "real", *given)) == 0
         out = capsys.readouterr().out
         assert ("other data: before 8 items in" in out) == (cache == other)
@@ -166,8 +165,58 @@ def test_pairs_of_another_form_are_refused_where_they_are_read(tmp_path):
         save_file(good | {name: tensor}, path)
         with pytest.raises(ConfigError, match=message):
             read_pairs(path, session)
-    with pytest.raises(ConfigError, match="dpo.pairs.*no effect in online dpo"):
-        PosttrainConfig(algorithm="dpo", dpo=DPOConfig(source="online", pairs=str(path)))
+
+
+def test_a_key_that_the_algorithm_does_not_use_is_refused():
+    """With its default it is taken, and so is a key that another setting gives an effect. Sampling
+    asks nothing: an earlier version may have trained with such a key."""
+    given, real = {"pairs": "p"}, {"latents": "cache"}
+    bright = [{"type": "brightness"}]
+    for algorithm, message, settings, *allowed in (
+        (
+            "srpo",
+            "group_size: is 4, which has no effect in srpo, .*; must be 16",
+            {"srpo": real, "group_size": 4},
+        ),
+        ("srpo", "rewards: is", {"rewards": bright}, {"prompts": "p.yaml"}),
+        ("srpo", "storage.dtype: is", {"storage": {"dtype": "bf16"}}),
+        ("dpo", "group_size: is 4", {"dpo": given, "group_size": 4}, {"dpo": {}}),
+        ("dpo", "prompts_per_epoch: is 4", {"dpo": given, "prompts_per_epoch": 4}, {"dpo": {}}),
+        ("dpo", "dpo.collect: is 4", {"dpo": {**given, "collect": 4}}, {"dpo": {"collect": 4}}),
+        ("dpo", "dpo.pairs: is", {"dpo": {**given, "source": "online"}}, {"dpo": given}),
+        ("dpo", "advantage.clip: is 2", {"advantage": {"clip": 2.0}}),
+        ("nft", "rollout.noise_level: is 0.5", {"rollout": {"noise_level": 0.5}}),
+        ("nft", "rollout.dynamics", {"rollout": {"dynamics": "cps"}}, {"algorithm": "grpo"}),
+        ("nft", "ratio.clip: is", {"ratio": {"clip": [-1.0, 1.0]}}, {"algorithm": "awm"}),
+        ("awm", "ratio.replay_tol", {"ratio": {"replay_tolerance": 0.1}}, {"algorithm": "guard"}),
+        ("grpo", "nft.beta: is 2", {"nft": {"beta": 2.0}}, {"algorithm": "nft"}),
+        ("grpo", "kl.space", {"kl": {"space": "x"}}, {"kl": {"space": "x", "beta": 1.0}}),
+    ):
+        settings = {"algorithm": algorithm, **settings}
+        with pytest.raises(ConfigError, match=rf"^posttrain\.{message}"):
+            decode(PosttrainConfig, settings).check_idle()
+        for change in allowed:
+            decode(PosttrainConfig, settings | change).check_idle()
+
+
+def test_nothing_is_asked_of_groups_where_none_are_compared(shop, tmp_path, capsys):
+    """Neither of pairs that are given, nor of real latents, of which an update may have more than
+    there are prompts."""
+    shape = (3, 1, 2, 3, 8)
+    pairs = {"win": torch.zeros(shape), "lose": torch.ones(shape), "prompts": torch.arange(3)}
+    save_file(pairs, tmp_path / "pairs.safetensors")
+    given = [f"posttrain.dpo={{pairs: {tmp_path}/pairs.safetensors, batch: 3}}"]
+    given += ["posttrain.algorithm=dpo", *SRPO_WORDS[1:], "posttrain.prompts_per_epoch=16"]
+    real = [*SRPO_WORDS, f"posttrain.srpo.latents={shop.cache('pictures')}"]
+    real += ["posttrain.prompts_per_epoch=8", "posttrain.prompt_count=4"]
+    for name, words in (("ungrouped", given), ("all_real", real)):
+        words = command(shop, name, *words, "posttrain.micro_batch=3", "posttrain.eval_prompts=0")
+        assert posttrain.main(words) == 0
+        told = capsys.readouterr().out
+        assert "update 2/2" in told and "groups" not in told
+    given += ["posttrain.eval_prompts=0", "posttrain.eval_every_epochs=3", "--dry-run"]
+    posttrain.main(command(shop, "told", *given))
+    assert "part in this training: posttrain.eval_every" in capsys.readouterr().out
 
 
 def test_a_resume_keeps_the_config_before_and_the_scale_of_adapters(shop, capsys):

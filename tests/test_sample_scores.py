@@ -472,6 +472,27 @@ def test_one_frame_of_each_real_clip_is_compared_where_an_encoder_sees_one(tmp_p
         assert len(distance.real.names) == (4 if pictures == "clip0" else 13)
 
 
+def test_an_animated_picture_is_a_clip_where_an_encoder_sees_one_frame(tmp_path, monkeypatch):
+    """Its middle one, as of a video; where pictures are compared it is the one that it begins
+    with."""
+    encoder = Encoder("grey", lambda pixels: pixels.flatten(1), "pictures", CPU, {"resize": "none"})
+    monkeypatch.setattr(feature_distance, "open_encoder", lambda **_: encoder)
+    frames = [Image.new("RGB", (8, 8), (10 * value,) * 3) for value in range(5)]
+    for suffix in ("gif", "webp"):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for name in "ab":
+            more = {"save_all": True, "append_images": frames[1:], "lossless": True}
+            frames[0].save(folder / f"{name}.{suffix}", duration=100, **more)
+        paths = {name: f"{suffix}/{name}.{suffix}" for name in "ab"}
+        rows = [{"id": id, "image_path": path, "caption": ""} for id, path in paths.items()]
+        (tmp_path / f"{suffix}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for source, count in ((folder, 4), (tmp_path / f"{suffix}.jsonl", 4), (folder, 1)):
+            real = FeatureDistance("x", Shape((8, 8), count), CPU, str(source)).real
+            middle = 20 if count == 4 else 0
+            assert (real.features[:, 0] * 255).round().tolist() == [middle] * 2
+
+
 def test_clips_of_another_speed_are_not_compared(tmp_path):
     tokenizer = DummyTokenizer(DummyTokenizerConfig(latent_d=8))
     manifest = CacheManifest.of(tokenizer, VideoConfig(32, 32))

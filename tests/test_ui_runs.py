@@ -36,7 +36,7 @@ def fail(folder, step, what="memory"):
 
 
 def state(runs, name, last=3):
-    return RunFolder(runs, name).state(last, held_locks())
+    return RunFolder(runs, name).state({"step": last}, held_locks())
 
 
 def test_a_state_is_told_from_files(tmp_path):
@@ -67,17 +67,17 @@ def test_a_run_whose_lock_is_held_is_running_and_the_lock_is_not_touched(tmp_pat
         monkeypatch.setattr(fcntl, "flock", None)  # looking must not even try
         if held_locks() is not None:
             assert state(tmp_path, "one").word == "running"
-        assert RunFolder(tmp_path, "one").state(3, None).word == "running"
+        assert RunFolder(tmp_path, "one").state({"step": 3}, None).word == "running"
 
 
 def test_where_locks_are_not_told_a_clock_that_was_set_back_keeps_no_run_running(tmp_path):
     folder = make_run(tmp_path, "one")
     (folder / ".lock").touch()
-    assert RunFolder(tmp_path, "one").state(3, None).word == "running"
+    assert RunFolder(tmp_path, "one").state({"step": 3}, None).word == "running"
     later = time.time() + 9e4
     for name in (".lock", "metrics.jsonl"):
         os.utime(folder / name, (later, later))
-    assert RunFolder(tmp_path, "one").state(3, None).word == "failed"
+    assert RunFolder(tmp_path, "one").state({"step": 3}, None).word == "failed"
 
 
 def test_metrics_are_read_once_then_what_was_appended(tmp_path, monkeypatch):

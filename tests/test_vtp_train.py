@@ -26,6 +26,7 @@ from mmdit.rng import Draws
 from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.training.errors import RunError
+from mmdit.training.run_folder import ENDED_BY
 from mmdit.vtp_training import pretrain_report, textures
 from mmdit.vtp_training.glyphs import letters
 from mmdit.vtp_training.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
@@ -309,6 +310,8 @@ def test_max_minutes_plans_the_run_from_the_measured_speed(tmp_path, monkeypatch
     steps = []
     pretrain(config, CPU)
     assert 4 < steps[0] < 2000
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert "max_minutes, 0.02" in records[-1][ENDED_BY]
 
 
 def test_max_minutes_are_kept_by_a_run_that_was_killed(tmp_path, monkeypatch):

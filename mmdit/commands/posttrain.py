@@ -25,6 +25,7 @@ from mmdit.experiment.build import (
     with_sibling,
 )
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.experiment.idle_keys import idle_keys
 from mmdit.experiment.run import agree_on_start
 from mmdit.files import Sum, with_tilde
 from mmdit.interfaces import Denoiser
@@ -62,6 +63,7 @@ def _check(config: ExperimentConfig) -> None:
         raise ConfigError(
             "posttrain", "is missing; write the section, for example posttrain: {algorithm: grpo}"
         )
+    settings.check_idle()
     if config.parallel.context_parallel > 1:
         raise ConfigError(
             "parallel.context_parallel",
@@ -258,7 +260,7 @@ def posttrain(
                 *(f"  {line}" for line in notes + other_data(meta.origin.get("data") or [], data)),
             ]
         about = describe_session(session)
-        world.print("\n".join([*lines, *expert_notes(config), *about]))
+        world.print("\n".join([*lines, *expert_notes(config), *idle_keys(config), *about]))
         if dry_run:
             return True
         if world.is_main:
@@ -327,6 +329,12 @@ def describe_session(session: Session) -> list[str]:
             f"trained noise levels: sigma_window {noisy} … {clean}, entered {config.srpo.step}"
             " beside them",
         ]
+    elif not config.compares_samples:
+        clean, noisy = session.levels.between
+        rows += [
+            f"pairs: {config.dpo.pairs}; {config.dpo.batch} an update",
+            f"trained noise levels: {noisy:.3f} → {clean:.3f}",
+        ]
     else:
         noisy = session.rollouts.noisy_steps(0)
         stored = session.rollouts.storage(noisy).bytes(dimensions)
@@ -337,11 +345,10 @@ def describe_session(session: Session) -> list[str]:
         )
         if config.algorithm == "dpo" and config.dpo.source == "offline":
             stored_pairs(session)
-            source = (
-                config.dpo.pairs
-                or f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
+            rows.append(
+                f"pairs: best and worst of {config.dpo.collect} prompts, made once in such epochs;"
+                f" {config.dpo.batch} an update"
             )
-            rows.append(f"pairs: {source}; {config.dpo.batch} an update")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(
             f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a"

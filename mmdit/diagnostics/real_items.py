@@ -24,9 +24,9 @@ from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 
 class RealItems:
     """The items of `source`, each made to be of `shape`. `tokenizers`: one of them must have made a
-    cache, or the one that comes with mmdit. `clips`: of a folder, one frame of each clip is taken,
-    and pictures only where it holds no clip. ValueError: there is nothing, or none of the
-    tokenizers has."""
+    cache, or the one that comes with mmdit. `clips`: one frame of each clip is taken, animated
+    pictures among them; of a folder pictures only where it holds no clip. ValueError: there is
+    nothing, or none of the tokenizers has."""
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class RealItems:
         num_workers: int,
         clips: bool = False,
     ):
-        self.source, self.shape, self.num_workers = source, shape, num_workers
+        self.source, self.num_workers = source, num_workers
+        self.shape = replace(shape, animated=clips)
         self.clips = clips
         self.cache: LatentCache | None = None
         folder = expanded(source)

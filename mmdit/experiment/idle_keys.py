@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
+from mmdit.config import changed_keys
 from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.posttrain.posttrain_config import GENERATED
 
 
 def idle_keys(config: ExperimentConfig) -> list[str]:
@@ -15,7 +15,7 @@ def idle_keys(config: ExperimentConfig) -> list[str]:
     error; but who meant them should know."""
     lines = []
     for reason, section, names in _rows(config):
-        changed = [f"{section}.{name}" for name in _changed(getattr(config, section), names)]
+        changed = [f"{section}.{name}" for name in changed_keys(getattr(config, section), names)]
         if changed:
             lines.append(f"without a part in this training: {', '.join(changed)} ({reason})")
     return lines
@@ -42,16 +42,8 @@ def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]
     if config.alpha_schedule.enabled and config.alpha_schedule.on_change != "ramp":
         reason = f"alpha_schedule.on_change is {config.alpha_schedule.on_change}"
         yield reason, "alpha_schedule", ("ramp_steps",)
-
-
-def _changed(section: Any, names: tuple[str, ...]) -> list[str]:
-    """Return those of the keys `names` (none: of all) of a section that have not their default."""
-    changed = []
-    for field in dataclasses.fields(section):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        asked = field.name in names or (not names and field.name != "enabled")
-        if asked and getattr(section, field.name) != default:
-            changed.append(field.name)
-    return changed
+    if config.posttrain and not config.posttrain.eval_prompts:
+        names = ("eval_rewards", "eval_every_epochs")
+        yield "posttrain.eval_prompts is 0", "posttrain", names
+    if config.posttrain and config.posttrain.prompts != GENERATED:
+        yield f"posttrain.prompts is {config.posttrain.prompts}", "posttrain", ("prompt_count",)

@@ -83,14 +83,19 @@ def ranks(values: Tensor) -> Tensor:
     return below / max(len(values) - 1, 1)
 
 
-def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, updates: int) -> int:
-    """Return how many micro-batches a rank has in an epoch; whole groups stay on one rank.
-    ConfigError says what does not divide."""
+def check_shares(prompts: int, processes: int) -> None:
+    """Raise ConfigError where the processes would not have equally many prompts."""
     if prompts % processes:
         raise ConfigError(
             "posttrain.prompts_per_epoch",
             f"is {prompts}, must be a multiple of the {processes} processes",
         )
+
+
+def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, updates: int) -> int:
+    """Return how many micro-batches a rank has in an epoch; whole groups stay on one rank.
+    ConfigError says what does not divide."""
+    check_shares(prompts, processes)
     samples = prompts * group // processes
     if samples % micro_batch:
         raise ConfigError(

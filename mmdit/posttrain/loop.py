@@ -70,7 +70,7 @@ def post_train(session: Session) -> bool:
             # not when asked to stop: the resumed run would have one evaluation more than another
             if ended or state.step // updates % config.eval_every_epochs == 0:
                 values |= session.evaluate()
-            session.report(values)
+            session.report(values, "" if broken else reason or "")
             if ended or asked or state.step % train.save_every_steps < updates:
                 session.save(session.files(), False)
                 kept.saved = state.step

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mmdit.config import ConfigError, FilePath, Section, least
+from mmdit.config import ConfigError, FilePath, Section, changed_keys, in_one_line, least
 from mmdit.posttrain.clip_like import HPS, ClipReward, PickScore
 from mmdit.posttrain.direct_align import window_check
 from mmdit.posttrain.dynamics import Dynamics, Norm
@@ -342,7 +343,6 @@ class PosttrainConfig(Section):
                     " of each: take another reward",
                 )
         self._check_rollout()
-        self._check_idle()
 
     def _check_rollout(self) -> None:
         """Raise ConfigError for a rollout that the algorithm cannot train on."""
@@ -380,34 +380,59 @@ class PosttrainConfig(Section):
                 f"is old, but only nft keeps a slow copy, not {algorithm}; use current",
             )
 
-    def _check_idle(self) -> None:
-        """Raise ConfigError for a key that was changed and has no effect."""
-        algorithm = self.algorithm
-        if algorithm == "srpo":
-            self._refuse("kl.beta", self.kl.beta, 0.0, "srpo")
-        if algorithm == "awm":
-            self._refuse("ratio.norm", self.ratio.norm, "sqrt_dim", "awm, which takes the mean")
-        if not self.trains_steps:
-            where = f"{algorithm}, which compares velocities"
-            self._refuse("kl.space", self.kl.space, "v", where)
-        if self.trains_steps or algorithm == "srpo":
-            self._refuse("draws_per_sample", self.draws_per_sample, 1, algorithm)
-        if algorithm == "srpo" or (algorithm == "dpo" and self.dpo.source == "offline"):
-            where = f"{algorithm} without epochs"
-            self._refuse("updates_per_epoch", self.updates_per_epoch, 1, where)
-        if algorithm == "dpo" and self.dpo.source == "online":
-            where = "online dpo, which makes its pairs in each epoch"
-            for name in ("pairs", "collect", "batch"):
-                usual = getattr(DPOConfig(), name)
-                self._refuse(f"dpo.{name}", getattr(self.dpo, name), usual, where)
-        if self.advantage.mode == "gdpo":
-            self._refuse("advantage.std", self.advantage.std, "global", "gdpo, which uses both")
+    def check_idle(self) -> None:
+        """Raise ConfigError for a key that was changed and has no effect. Only who post-trains
+        asks: what an earlier version trained with such a key can still be sampled."""
+        for where, section, names in self._idle():
+            holder = getattr(self, section) if section else self
+            for name, usual in changed_keys(holder, names).items():
+                value, must = (in_one_line(one) for one in (getattr(holder, name), usual))
+                key = ".".join(["posttrain", section, name] if section else ["posttrain", name])
+                raise ConfigError(key, f"is {value}, which has no effect {where}; must be {must}")
 
-    @staticmethod
-    def _refuse(name: str, value: object, usual: object, where: str) -> None:
-        if value != usual:
-            must = "null" if usual is None else usual
-            raise ConfigError(name, f"is {value}, which has no effect in {where}; must be {must}")
+    def _idle(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Yield where, in which section ("": this one), and which keys of it (none: all) have no
+        effect."""
+        algorithm, offline = f"in {self.algorithm}", self.dpo.source == "offline"
+        for section in ("nft", "awm", "dpo", "srpo"):
+            if section != self.algorithm:
+                yield algorithm, section, ()
+        if self.trains_steps or self.algorithm == "srpo":
+            yield algorithm, "", ("draws_per_sample",)
+        if not self.trains_steps:
+            yield f"{algorithm}, which compares velocities", "kl", ("space",)
+            where = f"{algorithm}, whose rollouts step by the ODE"
+            yield where, "rollout", ("noise_level", "sde_steps", "sde_pick")
+            if self.rollout.dynamics != "ode":
+                yield where, "rollout", ("dynamics",)
+            yield f"{algorithm}, which replays no steps", "ratio", ("replay_tolerance",)
+        if self.algorithm == "awm":
+            yield f"{algorithm}, which takes the mean", "ratio", ("norm",)
+        if self.algorithm in ("nft", "dpo", "srpo"):
+            yield algorithm, "ratio", ()
+        if self.algorithm in ("dpo", "srpo"):
+            yield algorithm, "advantage", ()
+        if self.algorithm == "srpo":
+            yield algorithm, "kl", ("beta",)
+        if self.algorithm == "srpo" or (self.algorithm == "dpo" and offline):
+            yield f"{algorithm} without epochs", "", ("updates_per_epoch",)
+        if self.algorithm == "dpo" and not offline:
+            where = "in online dpo, which makes its pairs in each epoch"
+            yield where, "dpo", ("pairs", "collect", "batch")
+        if not self.compares_samples:
+            where = f"{algorithm}, which compares no samples"
+            if self.algorithm == "dpo":
+                where = "in dpo with given pairs"
+                yield where, "dpo", ("collect",)
+                yield where, "", ("prompts_per_epoch", "reward_frames")
+            yield where, "", ("group_size", "async_rewards")
+            yield where, "storage", ()
+            if self.prompts == GENERATED or self.eval_rewards is not None or not self.eval_prompts:
+                yield where, "", ("rewards",)
+        if self.advantage.mode == "gdpo":
+            yield "in gdpo, which uses both", "advantage", ("std",)
+        if not self.kl.beta:
+            yield "where kl.beta is 0", "kl", ("space",)
 
     def check(self, run: Any) -> None:
         """Refuse what the loops of post-training cannot do, and a model that was never trained."""
@@ -440,8 +465,14 @@ class PosttrainConfig(Section):
 
     @property
     def trained_rewards(self) -> tuple[RewardConfig, ...]:
-        """Return the rewards that training asks; SRPO has its scorer instead."""
-        return () if self.algorithm == "srpo" else self.rewards
+        """Return the rewards that training asks."""
+        return self.rewards if self.compares_samples else ()
+
+    @property
+    def compares_samples(self) -> bool:
+        """Return whether samples of one prompt are drawn, rewarded and compared. SRPO has a scorer
+        instead, and pairs that are given were compared before."""
+        return self.algorithm != "srpo" and not (self.algorithm == "dpo" and self.dpo.given)
 
     @property
     def trains_steps(self) -> bool:

@@ -17,6 +17,7 @@ from mmdit.training.distributed import World
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import clip_and_guard
+from mmdit.training.run_folder import ENDED_BY
 
 HISTORY_FILE = "marks"
 
@@ -98,9 +99,10 @@ class Session(Setup):
             self.save(self.files(), True)
         return values
 
-    def report(self, values: dict[str, float]) -> None:
-        """Log the numbers of an epoch and print them as one line, on the main rank."""
+    def report(self, values: dict[str, float], ended_by: str = "") -> None:
+        """Log the numbers of an epoch and print them as one line, on the main rank. `ended_by`: the
+        stop rule that ends the run with it."""
         if self.log:
-            self.log.write(values)
+            self.log.write(values | ({ENDED_BY: ended_by} if ended_by else {}))
             words = [f"{name} {value:.4g}" for name, value in values.items() if name != "step"]
             print(f"update {values['step']}/{self.train.max_steps}  {'  '.join(words)}", flush=True)

@@ -14,7 +14,7 @@ from mmdit.config import ConfigError
 from mmdit.data.dataset.captions import CaptionsConfig, with_trigger
 from mmdit.diffusion import LinearPath, sampling_times
 from mmdit.interfaces import Denoiser, TextTokens, Tokenizer
-from mmdit.posttrain.advantages import check_geometry
+from mmdit.posttrain.advantages import check_geometry, check_shares
 from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.trained_levels import TrainedLevels
@@ -97,6 +97,32 @@ class Setup:
 
     def _check_sizes(self) -> None:
         """Raise ConfigError for counts and frames that do not fit each other."""
+        config, srpo = self.config, self.config.algorithm == "srpo"
+        if srpo:
+            check_shares(config.prompts_per_epoch, self.world.size)
+        elif config.compares_samples:
+            self._check_groups()
+        if self.train.max_steps % config.updates_per_epoch:
+            raise ConfigError(
+                "train.max_steps",
+                f"is {self.train.max_steps}, must be a multiple of posttrain.updates_per_epoch,"
+                f" {config.updates_per_epoch}",
+            )
+        draws_samples = config.compares_samples or (srpo and not config.srpo.latents)
+        if draws_samples and config.prompts_per_epoch > len(self.prompts):
+            raise ConfigError(
+                "posttrain.prompts_per_epoch",
+                f"is {config.prompts_per_epoch}, must be at most the {len(self.prompts)} prompts",
+            )
+        if any(not -self.frames <= place < self.frames for place in config.reward_frames):
+            raise ConfigError(
+                "posttrain.reward_frames",
+                f"is {list(config.reward_frames)}; must be frames of a clip of {self.frames}, from"
+                " 0, or -1 for the last",
+            )
+
+    def _check_groups(self) -> None:
+        """Raise ConfigError for counts with which samples cannot be compared in whole groups."""
         config = self.config
         self.micro_batches = check_geometry(
             config.prompts_per_epoch,
@@ -105,31 +131,12 @@ class Setup:
             config.micro_batch,
             config.updates_per_epoch,
         )
-        compares_groups = any(reward.groupwise for reward in config.rewards) or (
-            config.algorithm == "dpo" and not config.dpo.given
-        )
-        if self.train.max_steps % config.updates_per_epoch:
-            raise ConfigError(
-                "train.max_steps",
-                f"is {self.train.max_steps}, must be a multiple of posttrain.updates_per_epoch,"
-                f" {config.updates_per_epoch}",
-            )
-        if config.prompts_per_epoch > len(self.prompts):
-            raise ConfigError(
-                "posttrain.prompts_per_epoch",
-                f"is {config.prompts_per_epoch}, must be at most the {len(self.prompts)} prompts",
-            )
-        if compares_groups and config.micro_batch % config.group_size:
+        groupwise = any(reward.groupwise for reward in config.rewards)
+        if (groupwise or config.algorithm == "dpo") and config.micro_batch % config.group_size:
             raise ConfigError(
                 "posttrain.micro_batch",
                 f"is {config.micro_batch}, must be a multiple of group_size {config.group_size}: a"
                 " groupwise reward or dpo compares whole groups",
-            )
-        if any(not -self.frames <= place < self.frames for place in config.reward_frames):
-            raise ConfigError(
-                "posttrain.reward_frames",
-                f"is {list(config.reward_frames)}; must be frames of a clip of {self.frames}, from"
-                " 0, or -1 for the last",
             )
 
     def _prepare_rewards(self) -> None:

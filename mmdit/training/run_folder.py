@@ -18,6 +18,7 @@ PREVIEW = re.compile(r"step_(\d{8,})")
 VIDEOS = ("video.mp4", "video.png")
 QUIET_SECONDS = 120  # a run of which nothing can be known is taken for running so long
 LARGEST_TEXT = 1 << 20
+ENDED_BY = "ended_by"  # in the last record of a run that a rule ended before max_steps: which one
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ class RunFolder:
         """Return the steps that have a preview, in order, with the names of the files."""
         return previews_in(self.folder)
 
-    def state(self, last_step: float | None, held: set[int] | None) -> RunState:
-        """Return what has become of the training. `held`: the inodes of files that are locked, None
-        where the system does not say."""
+    def state(self, last: dict, held: set[int] | None) -> RunState:
+        """Return what has become of the training. `last`: its newest record; `held`: the inodes of
+        files that are locked, None where the system does not say."""
+        last_step = last.get("step")
         if self._is_held(held):
             return RunState("running")
         failure = self._failure(last_step)
@@ -84,6 +86,8 @@ class RunFolder:
         wanted = self.max_steps()
         if last_step is not None and wanted is not None and last_step >= wanted:
             return RunState("finished")
+        if last.get(ENDED_BY):
+            return RunState("finished", str(last[ENDED_BY]))
         if os.path.exists(self.folder / LOCK):
             return RunState("failed", "the process was killed; it goes on with --resume")
         return RunState("stopped", "it goes on with --resume")

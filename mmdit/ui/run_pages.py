@@ -84,7 +84,7 @@ class RunPages:
     def _row(self, run: RunFolder, held: set[int] | None, job: tuple[str, JobState] | None) -> dict:
         last = self.store.read(run.folder).last
         step = last.get("step")
-        state: RunState | JobState = run.state(step, held)
+        state: RunState | JobState = run.state(last, held)
         # its job knows how a process ended; of a run that goes on its own files know more
         if (
             job

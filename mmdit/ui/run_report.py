@@ -84,8 +84,8 @@ class RunReport:
         last: dict = {}
         for record in self.records[-2:]:  # a tokenizer's training has two of a step
             last = last | record if last.get("step") == record["step"] else record
-        step, most = last.get("step"), self.run.max_steps()
-        state = self.run.state(step, held_locks())
+        most = self.run.max_steps()
+        state = self.run.state(last, held_locks())
         reason = f": {html.escape(state.reason)}" if state.reason else ""
         lines = [f'<p class="{state.word}"><strong>{state.word}</strong>{reason}</p>']
         now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")

@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig, device: torch.device, resume: bool = False)
             if stop.asked and trainer.step < trainer.planned:
                 print(f"stopped on request at step {trainer.step}; continue with --resume")
                 return None
-        report.evaluate(min(256, settings.evaluation_samples))
+        report.evaluate(min(256, settings.evaluation_samples), ends=True)
         return _export(trainer)
 
 

@@ -20,6 +20,7 @@ from mmdit.pixels import to_shown
 from mmdit.training.errors import RunError
 from mmdit.training.media import save_image
 from mmdit.training.metrics import json_line
+from mmdit.training.run_folder import ENDED_BY
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.vtp_training.tokenizer_scores import reconstruct, shapes_psnr
 
@@ -76,7 +77,7 @@ class PretrainReport:
             "step": trainer.step,
             "steps_per_second": speed,
             "memory_gib": memory,
-            "lr": trainer.learning_rate(),
+            "lr": trainer.rate,
             **values,
         }
         self._write({name: five_digits(value) for name, value in record.items()})
@@ -105,15 +106,19 @@ class PretrainReport:
                 " --resume"
             )
 
-    def evaluate(self, count: int) -> None:
+    def evaluate(self, count: int, ends: bool = False) -> None:
         """Score the averaged weights on held-out moving shapes, and draw a preview. The time counts
-        as none of the training."""
+        as none of the training. `ends`: it was the last planned step."""
         started, trainer = time.perf_counter(), self.trainer
         model = trainer.averaged_model()
         squares = [(w, h) for w, h, _ in trainer.config.images.sizes if w == h]
         sizes = tuple(dict.fromkeys(squares)) or ((64, 64),)
         scores = shapes_psnr(model, count, sizes)
-        self._write({"step": trainer.step, "held_out_psnr": scores})
+        record: dict[str, object] = {"step": trainer.step, "held_out_psnr": scores}
+        train = trainer.config.train
+        if ends and trainer.step < train.max_steps:
+            record[ENDED_BY] = f"no more steps fit into train.max_minutes, {train.max_minutes:g}"
+        self._write(record)
         print(
             f"step {trainer.step}  held-out moving shapes, averaged weights, PSNR: {scores}",
             flush=True,

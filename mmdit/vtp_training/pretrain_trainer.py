@@ -46,12 +46,13 @@ FREE_KEYS = (
 
 class TokenizerTrainer:
     """`planned`: the number of steps, by which the learning rate falls. `windows`: those of
-    CALIBRATION that are still to be measured. `critic`: the discriminator, if there is one."""
+    CALIBRATION that are still to be measured. `rate`: the learning rate of the last step. `critic`:
+    the discriminator, if there is one."""
 
     def __init__(self, config: PretrainConfig, device: torch.device):
         self.config, self.device, self.folder = config, device, config.run_dir
         self.step, self.planned, self.windows = 0, config.train.max_steps, dict(CALIBRATION)
-        self.started = time.perf_counter()
+        self.started, self.rate = time.perf_counter(), 0.0
         torch.manual_seed(rng.key(config.seed, "initial weights") & 0x7FFF_FFFF)
         self.learner = TokenizerLearner(config).to(device)
         if config.init_from:
@@ -88,7 +89,8 @@ class TokenizerTrainer:
 
     def advance(self) -> dict[str, Tensor]:
         """Take one optimizer step and return scalars that stay on the device."""
-        self.optimizer.set_lr(self.learning_rate())
+        self.rate = self.learning_rate()
+        self.optimizer.set_lr(self.rate)
         begins = self.config.adversarial.start * self.planned
         adversarial = self.critic is not None and self.step >= begins
         batch = self.source.batch(self.step)

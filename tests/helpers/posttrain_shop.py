@@ -14,6 +14,12 @@ posttrain:
   rewards: [{type: brightness}, {type: prompt_accuracy, partial: 0.5}]
   eval_prompts: 2
 """
+# the section with SRPO, where nothing is compared within groups
+SRPO_WORDS = [
+    "posttrain.algorithm=srpo",
+    "posttrain.group_size=16",
+    "posttrain.rewards=[{type: prompt_accuracy}]",
+]
 
 
 class PosttrainShop(Workshop):

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from mmdit.data.dataset.buckets import Size, VideoConfig
 from mmdit.data.dataset.clips import cached_frames
 from mmdit.data.dataset.frames import PreprocessConfig, check_same_size, crop_box, cut, frames_in
+from mmdit.data.dataset.members import Source
 from mmdit.data.dataset.pictures import SUFFIXES, load_image, open_picture
 from mmdit.data.dataset.problems import Skip, Unusable
 from mmdit.data.dataset.records import Record, media_of, read_records
@@ -34,13 +35,15 @@ ANIMATIONS = {".gif", ".webp", ".png"}
 class Shape:
     """Says what every item is made to be: `size` (width, height), cut from the middle, or None for
     each its own; `frames` of it, `stride` apart, from the middle, or with `stretch` over all of it;
-    `fps` of video files, None as stored."""
+    `fps` of video files, None as stored. `animated`: an animated picture is a clip for one frame,
+    too, and not the picture that it begins with."""
 
     size: Size | None = None
     frames: int = 1
     stride: int = 1
     fps: float | None = None
     stretch: bool = False
+    animated: bool = False
 
     def __post_init__(self):
         for name in ("frames", "stride"):
@@ -99,10 +102,16 @@ def _animations(source: Path, files: list[Path]) -> list[Path]:
     animated = []
     for file in files:
         if file.suffix.lower() in ANIMATIONS and len(file.parts) == 1:
-            with contextlib.suppress(ValueError), open_picture(source / file) as image:
-                if getattr(image, "n_frames", 1) > 1:
+            with contextlib.suppress(ValueError):
+                if is_animated(source / file):
                     animated.append(file)
     return animated
+
+
+def is_animated(path: Source) -> bool:
+    """Return whether a picture has several frames. ValueError: it is none."""
+    with open_picture(path) as image:
+        return getattr(image, "n_frames", 1) > 1
 
 
 class _Read(Dataset):
@@ -129,6 +138,13 @@ class _Read(Dataset):
             frames.append(self.shape.cut(image))
         return torch.from_numpy(np.stack(frames))
 
+    def is_picture(self, record: Record) -> bool:
+        """Return whether one frame of a file is the picture that it shows."""
+        suffix = Path(record.path).suffix.lower()
+        if self.shape.animated and suffix in ANIMATIONS:
+            return not is_animated(record.source)
+        return suffix not in VIDEO_SUFFIXES
+
     def images(self, record: Record) -> Iterator[Image.Image]:
         """Yield the frames that are taken."""
         shape, path = self.shape, Path(record.path)
@@ -136,7 +152,7 @@ class _Read(Dataset):
             names = frames_in(path)
             for number in shape.places(len(names)):
                 yield load_image(names[number])
-        elif shape.frames == 1 and not record.span and path.suffix.lower() not in VIDEO_SUFFIXES:
+        elif shape.frames == 1 and not record.span and self.is_picture(record):
             yield load_image(record.path)
         else:  # of a film perhaps some frames only
             content = probe(record.source)

@@ -14,6 +14,7 @@ from mmdit.adapters import (
     inject,
     lora_state,
     merge,
+    remove,
 )
 from mmdit.commands.inspect_adapter import changes
 from mmdit.config import ConfigError
@@ -21,7 +22,7 @@ from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, 
 from mmdit.diffusion.expert_schedule import ExpertSchedule, FixedTimes
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Boundary, TextTokens
-from mmdit.interop.lora_formats import load_lora
+from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_weights import load_dit
 from mmdit.models import TreadConfig, VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanConfig, WanDiT
@@ -618,6 +619,23 @@ def test_of_our_own_pairs_export_writes_both_or_the_one_that_is_asked_for(shop, 
         torch.equal(value, both[name.replace("diffusion_model.", "diffusion_model.low.")])
         for name, value in low.items()
     )
+    pair = load_pipeline(run, "cpu", lora=None)[0].model.networks()
+    for layout in ("comfy", "kohya", "peft", "diffusers"):
+        file = tmp_path / f"{layout}.safetensors"
+        export.main(["--checkpoint", str(run), "--lora", layout, "--out", str(file)])
+        one = load_pipeline(shop.base, "cpu")[0].model
+        assert experts_in(one, file) == set(NAMES)
+        for name, expert in pair.items():
+            remove(one)
+            load_lora(one, file, name)
+            read = adapters(one)
+            for place, layer in adapters(expert).items():
+                assert torch.allclose(read.pop(place).delta(), layer.delta(), atol=1e-7)
+            assert not read
+    words = ["--checkpoint", shop.base, "--lora", file, "--prompts", "a", "--out", tmp_path / "s"]
+    refused(capsys, sample.main, words, "LoRAs of two experts", "this model has one network")
+    card = (tmp_path / "kohya.md").read_text(encoding="utf-8")
+    assert "the adapters of two experts" in card and "mmdit sample" not in card
     refused(
         capsys,
         export.main,

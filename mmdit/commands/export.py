@@ -119,6 +119,7 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
         pipeline.step,
         sum(sizes),
         is_lora=bool(args.lora),
+        is_pair=len(model.networks()) > 1,
         raw=args.raw_weights,
         command=command,
     )

@@ -18,7 +18,8 @@ PICTURES = {"first": " --image first.png", "first_last": " --image first.png --i
 class Exported:
     """Says what was written to `out`. `form`: `mmdit` for our own file, a format of LoRA, a layout.
     `config`: of its run, as plain data; `checkpoint` and `step`: what it was read from, None for a
-    release; `raw`: the last weights, not their average; `command`: what was typed."""
+    release; `raw`: the last weights, not their average; `is_pair`: adapters of two experts;
+    `command`: what was typed."""
 
     out: Path
     form: str
@@ -28,6 +29,7 @@ class Exported:
     parameters: int
     is_lora: bool = False
     raw: bool = False
+    is_pair: bool = False
     command: str = ""
 
 
@@ -43,7 +45,7 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
         if _value(exported.config, "model.conditioning") == "low_resolution":
             drawn_by = f"SMALL_MODEL --refine {name} --prompts {asked} --out samples"
         return [f"mmdit sample --checkpoint {drawn_by}", f"{train} train.init_from={name}"]
-    if exported.form == "diffusers_pipeline":
+    if exported.form == "diffusers_pipeline" or exported.is_pair:
         return []
     if exported.is_lora:
         changed = shlex.quote(base.rpartition("/")[2] or "BASE")
@@ -92,6 +94,13 @@ def uses_elsewhere(exported: Exported, prompt: str) -> list[str]:
         call = f"from diffusers import DiffusionPipeline\n\n{opened}\npipe({prompt!r})"
         said = "In Diffusers, where mmdit is installed too; `pipeline.py` is run, and imports it:"
         return [said, fenced(call, "python")]
+    if exported.is_pair:
+        said = (
+            "It holds the adapters of two experts, whose names begin with `high.` and `low.`. Both"
+            " draw together from the run's file, which `mmdit export` writes without `--lora`; one"
+            " is written with `--expert`."
+        )
+        return [said]
     if not exported.is_lora or (exported.config.get("model") or {}).get("type") != "wan":
         return []
     if exported.form in ("kohya", "comfy"):

@@ -72,7 +72,8 @@ FORMATS = {
 }
 
 # ── what is read besides ──────────────────────────────────────────────────────────────────────────
-EXPERTS = {"transformer_1": "high", "transformer_2": "low"}  # words before a name
+# words before a name, of Diffusers and of a pair of our own
+EXPERTS = {"transformer_1": "high", "transformer_2": "low", "high": "high", "low": "low"}
 WRAPPERS = {"module", "_orig_mod", "unet", "pipe", "dit", *EXPERTS} | {
     word for form in FORMATS.values() if not form.underscores for word in form.prefix.split(".")
 } - {""}
@@ -167,7 +168,11 @@ def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
     yield body, None
     for prefix in MANGLED:
         if body.startswith(prefix):
-            yield body.removeprefix(prefix), None
+            rest = body.removeprefix(prefix)
+            yield rest, None
+            word, _, rest = rest.partition("_")
+            if word in EXPERTS:
+                yield rest, EXPERTS[word]
     expert = None
     word, dot, rest = body.partition(".")
     while dot and word in WRAPPERS:

@@ -126,9 +126,10 @@ def experts_in(model: Denoiser, path: str | Path) -> set[str]:
     the file of one network. `model`: one of the two."""
     names = foreign_names(model)
     entries = Checkpoint(weights_of(Path(path))).entries
-    experts = (parse(name, names).expert for name in entries)
-    named = {expert for expert in experts if expert}
-    if named and any(name.startswith("transformer.") for name in entries):
+    experts = {name: parse(name, names).expert for name in entries}
+    named = {expert for expert in experts.values() if expert}
+    plain = [name for name, expert in experts.items() if not expert]
+    if named and any(name.startswith("transformer.") for name in plain):
         named.add("high")  # as `_chosen` reads it
     return named
 
@@ -143,7 +144,9 @@ def _chosen(
     if of_experts:
         if expert is None:
             raise ValueError(
-                f"{path} holds LoRAs of two experts ({of_experts[0]} …): say expert='high' or 'low'"
+                f"{path} holds LoRAs of two experts ({of_experts[0]} …), and this model has one"
+                " network: say expert='high' or 'low', or take a file of one (mmdit export"
+                " --expert), or the whole pair in one (mmdit export without --lora)"
             )
         for name, key in keys.items():
             if key.expert is None and name.startswith("transformer."):

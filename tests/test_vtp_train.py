@@ -18,7 +18,7 @@ from vtp.models.pretrained import write_checkpoint
 from vtp.pixels import denormalize, normalize
 from vtp.tokenizers import ByteTokenizer
 
-from mmdit.config import ConfigError, decode, load
+from mmdit.config import ConfigError, decode, encode, load
 from mmdit.data import moving_shapes
 from mmdit.diagnostics.curves import read_metrics
 from mmdit.pixels import to_unit
@@ -237,6 +237,17 @@ def test_contrast_treats_equal_facts_as_positives():
         torch.log(torch.tensor(2.0)).item(), abs=0.05
     )  # two equally right answers
     assert contrast_loss(image, image.roll(1, 0), torch.tensor(50.0), facts) > 1
+
+
+def test_a_step_without_moving_shapes_has_no_contrast():
+    """Its mean over no pairs was no number."""
+    raw = encode(configured("unused", semantic=True))
+    raw["images"]["patches_per_step"] = 4
+    config = decode(PretrainConfig, raw)
+    batch = PictureSource(config.images, 0, CPU, ByteTokenizer(77)).batch(0)
+    losses = TokenizerLearner(config).losses(batch, 0, False)
+    assert len(batch.facts) == 0 and "contrast" not in losses.parts
+    assert losses.total.isfinite()
 
 
 def test_assignments_are_distributions_and_balanced():

@@ -106,7 +106,7 @@ class TokenizerLearner(nn.Module):
             parts["adversarial"] = -self._frozen_opinion(predicted).mean()
             total = total + config.adversarial.weight * parts["adversarial"]
         else:
-            if config.contrast.weight:
+            if config.contrast.weight and len(batch.facts):  # a step of few pictures has no shapes
                 parts["contrast"] = self._contrast(features["x_norm_clstoken"], batch)
                 total = total + config.contrast.weight * parts["contrast"]
             if self.self_supervision is not None:

@@ -1,8 +1,10 @@
 """UMT5: the numbers of the official code, every layout, cleaning and token numbers, what an empty
 caption is, what is trained."""
 
+import html
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -91,10 +93,20 @@ def test_an_empty_caption_is_one_token_and_so_is_a_dropped_one(tmp_path):
 
 
 def test_cleaning_and_token_numbers(tmp_path):
-    pytest.importorskip("ftfy")
+    ftfy = pytest.importorskip("ftfy")
     encoder = opened(tmp_path, max_length=9)
     assert encoder.clean("  a &amp;amp; b\n\t c ") == "a & b c"
     assert encoder.clean("schÃ¶n，ＡＢ") == "schön,AB"
+    # ASCII that ftfy changes: terminal escapes, control characters, entities of entities
+    for caption in (
+        "a \x1b[31mred\x1b[0m ball",
+        "a\x00 b\x0bc\x7f",
+        "&amp;amp;amp;lt;",
+        "a\r\nb\x0cc",
+    ):
+        official = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
+        assert encoder.clean(caption) == re.sub(r"\s+", " ", official).strip()
+    assert encoder.clean("a \x1b[31mred\x1b[0m ball") == "a red ball"
     assert encoder._tokenize(["ab c", "", "abcdefghijk"]) == [
         [3, 4, 5, 3, 6, 1],
         [1],

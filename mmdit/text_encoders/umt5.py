@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError, FilePath
+from mmdit.config import ConfigError, FilePath, shortened
 from mmdit.files import expanded
 from mmdit.interfaces import TextTokens
 from mmdit.text_encoders.huggingface import (
@@ -36,6 +36,8 @@ from mmdit.weights import Checkpoint, Keep, fill, is_wan_release
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+# text in which ftfy has nothing to mend: no control characters, no HTML entities
+PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")
 # beside the weights, in official and Diffusers releases
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")
 IDLE = 32  # calls that found every caption in files, after which the loaded weights are put away
@@ -192,13 +194,13 @@ class UMT5Encoder(HuggingFaceEncoder):
     def clean(self, caption: str) -> str:
         """Clean a caption as the official code does: broken Unicode mended, HTML entities read
         twice, white space collapsed."""
-        if not caption.isascii():  # of plain text there is nothing to mend
+        if not PLAIN.fullmatch(caption):
             try:
                 import ftfy
             except ImportError:
                 message = (
-                    "is umt5 with a caption that is not plain ASCII, which needs ftfy; pip install"
-                    " ftfy"
+                    f"is umt5, and the caption {shortened(repr(caption), 60)} has more than plain"
+                    " ASCII, which needs ftfy; pip install ftfy"
                 )
                 raise ConfigError("type", message) from None
             caption = ftfy.fix_text(caption)

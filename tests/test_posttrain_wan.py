@@ -329,18 +329,18 @@ def test_shipped_recipes_tell_their_plan_and_make_an_update_on_a_small_release(
         "video.width=64",
         "video.height=32",
         "train.sample_num_steps=2",
-        f"posttrain.rewards={judge}",
         f"posttrain.eval_rewards={judge}",
-        f"posttrain.srpo.scorer={judge[1:-1]}",
         "posttrain.eval_prompts=2",
-        "posttrain.prompt_count=16",
         "posttrain.prompts_per_epoch=2",
-        "posttrain.group_size=2",
         "posttrain.micro_batch=2",
-        "posttrain.dpo.collect=2",
-        "posttrain.dpo.batch=1",
         f"train.max_steps={settings.updates_per_epoch}",
     ]
+    if settings.algorithm == "srpo":
+        words.append(f"posttrain.srpo.scorer={judge[1:-1]}")
+    else:
+        words += [f"posttrain.rewards={judge}", "posttrain.group_size=2"]
+    if settings.algorithm == "dpo":
+        words += ["posttrain.dpo.collect=2", "posttrain.dpo.batch=1"]
     if not settings.rollout.sde_steps:  # those of a recipe that names them must be there
         words.append("posttrain.rollout.steps=4")
     given = ["--config", str(path), "--device", "cpu", *words]
@@ -387,9 +387,10 @@ def test_an_expert_is_trained_on_its_own_noise_levels_alone(tmp_path, monkeypatc
         words += [
             "video.width=64",
             "video.height=32",
-            "posttrain.rewards=[{type: brightness}]",
+            "posttrain.srpo.scorer={type: color_words}"
+            if recipe == "srpo"
+            else "posttrain.rewards=[{type: brightness}]",
             "posttrain.eval_rewards=[{type: brightness}]",
-            "posttrain.srpo.scorer={type: color_words}",
             "text_encoder.cache_dir=''",
             f"output_dir={tmp_path}",
         ]

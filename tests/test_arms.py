@@ -245,8 +245,9 @@ def test_no_arm_watches_calls_so_that_they_may_be_replayed(names):
     assert not can_replay(model, gpu), "this is what is asked"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    "names, depth", [*thorough((TOGETHER, 3), (["sprint", "u_skips"], 5)), (["value_residual"], 2)]
+    "names, depth", [(TOGETHER, 3), (["sprint", "u_skips"], 5), (["value_residual"], 2)]
 )
 def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
     """Record the operations of a step, as a GPU records its kernels: with other numbers they are
@@ -279,8 +280,9 @@ def test_a_step_with_arms_is_one_graph_of_its_weights_and_inputs(names, depth):
             assert not [place for place in places if place.dtype == torch.bool], node
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    "names, depth", [*thorough((TOGETHER, 3), (["sprint", "u_skips"], 5)), (["value_residual"], 2)]
+    "names, depth", [(TOGETHER, 3), (["sprint", "u_skips"], 5), (["value_residual"], 2)]
 )
 @torch.no_grad()
 def test_a_step_of_sampling_with_arms_is_one_graph_of_latents_and_times(names, depth):

@@ -33,6 +33,7 @@ TINY = [
 ]
 
 
+@pytest.mark.thorough
 def test_reading_is_measured_from_everywhere(tmp_path, capsys):
     words = ["--device", "cpu", "--items", "512", "--workers", "1", "--seconds", "0.02"]
     assert benchmark.main([*words, "--folder", str(tmp_path), "--parts", "loader"]) == 0
@@ -97,6 +98,7 @@ def test_training_and_sampling_are_measured_and_told_by_family(capsys):
     assert profile["ms"]["matmul"] > 0 and sum(profile["ms"].values()) > 0
 
 
+@pytest.mark.thorough
 def test_a_step_of_adapters_on_wan_is_measured(capsys, monkeypatch):
     monkeypatch.setitem(
         speed.SIZES,

@@ -409,6 +409,7 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(there), target
 
 
+@pytest.mark.thorough
 def test_the_site_builds_with_its_pictures_and_every_page(tmp_path):
     if not importlib.util.find_spec("material"):
         pytest.skip('the site needs mkdocs-material: pip install -e ".[dev]"')

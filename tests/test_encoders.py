@@ -146,6 +146,7 @@ def test_the_padding_of_clips_is_that_of_tensorflow():
         assert not padded[: zeros // 2].any() and padded[zeros // 2] == 1  # an odd one lies behind
 
 
+@pytest.mark.thorough
 def test_i3d_reads_clips_of_nine_frames_or_more(tmp_path):
     network = wake(i3d.I3D())
     file = tmp_path / "rgb_imagenet.safetensors"

@@ -60,6 +60,7 @@ def test_calls_are_counted(shipped):
     assert calls(guided_of(pipeline, never, 2.0), asked, 1) == 3 + 0.25  # the first step is at 1
 
 
+@pytest.mark.thorough
 def test_the_table_and_its_file(shipped, tmp_path, monkeypatch, capsys):
     pipeline, config = shipped
     short = replace(config, video=replace(config.video, num_frames=2))

@@ -27,6 +27,7 @@ print(mapped, faults(4))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is of glibc")
 def test_large_tensors_find_the_memory_of_those_before_them():
     done = warm.run("-c", COUNT)

@@ -752,6 +752,7 @@ def plan_of(*words):
     return plan_training(tiny(*words))
 
 
+@pytest.mark.thorough
 def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
     # making the graph of the update would be the peak of so small a network
     launched = ("model.depth=1", "train.replays=false")
@@ -760,6 +761,7 @@ def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
     assert twice.total - once.total > 0.5 * once.gradients and twice.activations == once.activations
 
 
+@pytest.mark.thorough
 def test_making_the_graph_of_the_update_needs_all_that_it_changes_twice_more():
     small, plain = "model.depth=1", "train.replays=false"
     replayed, launched = plan_training(tiny(small)), plan_of(small, plain)

@@ -271,6 +271,7 @@ def test_autocast_stays_close_and_the_stream_has_the_type_asked_for(residual):
     )
 
 
+@pytest.mark.thorough
 def test_blocks_compile_without_graph_breaks(request):
     """With what `rearrange` does, of which one block has all that the other has."""
     model, x = awake(), clip(2, 2, 5, 7)

@@ -131,6 +131,7 @@ def test_every_ratio_is_one_before_the_first_update(tmp_path, dtype, checkpointi
         assert first_update(tmp_path, **few, micro_batch=4, rollout=rollout)[0] == 0
 
 
+@pytest.mark.thorough
 def test_scoring_before_rounding_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Trajectory,

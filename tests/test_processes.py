@@ -53,6 +53,7 @@ def test_the_script_for_gpus_works_on_a_cpu(only):
     )
 
 
+@pytest.mark.thorough
 def test_a_process_that_hangs_or_dies_is_named():
     result = drive("rank_training", "--only_lost", seconds=200)
     assert result["hangs"]["seconds"] < 20 and result["dies"]["seconds"] < 20

@@ -99,6 +99,7 @@ def test_everything_is_inside_and_words_stay_words(run):
     assert "train.max_steps: 1000 → 300" in page.text
 
 
+@pytest.mark.thorough
 def test_pictures_are_made_smaller_until_they_fit(run, no_curves, monkeypatch):
     folder = run(range(1, 4))
     previews(folder, 9, 400)  # a WebP of such noise takes 150 kB

@@ -492,6 +492,7 @@ def run_ranks(folder: Path, size: int, script: str, *words: str, options: tuple 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
+@pytest.mark.thorough
 def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs(opaque_einops):
     """Text is padded to a few lengths, which changes nothing: else every length of the longest
     caption would be compiled, and after the limit the blocks would run uncompiled without a

@@ -202,6 +202,7 @@ def test_rotary_positions_survive_every_cast_and_mode():
     )
 
 
+@pytest.mark.thorough
 def test_training_compiles_without_graph_breaks():
     trunk = tiny(vision_use_qk_norm=True, vision_depth=1).train().trunk
     compiled = torch.compile(trunk.encode, backend="eager", fullgraph=True)

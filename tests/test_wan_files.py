@@ -89,7 +89,7 @@ def hollow_release(folder: Path, config: WanConfig, dtype: str = "BF16", shards:
 @pytest.mark.parametrize(
     "config",
     [
-        WanConfig(dim=768, ffn_dim=3072, num_heads=6, num_layers=12, text_dim=64),
+        *thorough(WanConfig(dim=768, ffn_dim=3072, num_heads=6, num_layers=12, text_dim=64)),
         pytest.param(WanConfig(5120, 13824, 40, 6), marks=pytest.mark.slow),  # six blocks of a 14B
     ],
     ids=["small", "14b"],

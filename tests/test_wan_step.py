@@ -128,6 +128,7 @@ def test_a_block_compiles_without_breaks_and_gives_the_same_when_it_is_recompute
         )
 
 
+@pytest.mark.thorough
 def test_a_compiled_block_keeps_products_and_attention_for_its_backward_pass():
     model, passes = adapted(), []
 

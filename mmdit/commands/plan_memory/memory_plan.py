@@ -70,7 +70,8 @@ TABLES = (
 class MemoryPlan:
     """Bytes. `activations`: what a forward pass keeps for the backward pass. `workspace`: what the
     peak has beyond the parts before it; below 0 where the last gradients come after most
-    activations have gone. `host`: page-locked, on the CPU; `host_activations`: what of it they.
+    activations have gone. `host`: page-locked, on the CPU; `host_activations`: what of it the
+    activations take.
     """
 
     weights: int
@@ -234,8 +235,9 @@ def is_split(trained: Iterable[Tensor]) -> bool:
 
 def parked_moments(trained: Sequence[Tensor]) -> Iterator[int]:
     """Yield the bytes of each tensor that `train.offload_optimizer` keeps on the CPU."""
+    count = 3 if is_split(trained) else 2
     for p in trained:
-        yield from [p.nbytes] * (3 if is_split(trained) else 2)
+        yield from [p.nbytes] * count
 
 
 def plan_memory(

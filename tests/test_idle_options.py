@@ -191,13 +191,24 @@ def test_a_norm_that_awm_does_not_take_is_refused():
         decode(PosttrainConfig, {"algorithm": "awm", "ratio": {"norm": "sum"}}).check_idle()
 
 
-def test_a_tokenizer_has_no_previews_and_no_tower_without_contrast():
-    for raw, key in (
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
         ({"ema": {"use_for_sampling": False}}, "ema.use_for_sampling"),
         ({"contrast": {"keep_text_tower": True}}, "contrast.keep_text_tower"),
-    ):
-        with pytest.raises(ConfigError, match=key):
-            decode(PretrainConfig, raw)
+        ({"contrast": {"pairs": 8}}, "contrast.pairs"),
+        ({"adversarial": {"start": 0.5}}, "adversarial.start"),
+        ({"adversarial": {"weight": 0.0, "lr": 1e-3}}, "adversarial.lr"),
+        ({"self_supervision": {"mask_ratio": [0.2, 0.3]}}, "self_supervision.mask_ratio"),
+        ({"reconstruction": {"gradient": 0, "levels": 2}}, "reconstruction.levels"),
+        ({"images": {"objects": 3, "mix": {"piles": 0}}}, "images.objects"),
+        ({"images": {"shape_pool": 9, "mix": {"shapes": 0}}}, "images.shape_pool"),
+    ],
+)
+def test_a_key_of_a_loss_or_a_picture_that_a_tokenizer_does_not_train_with_is_refused(raw, key):
+    with pytest.raises(ConfigError) as error:
+        decode(PretrainConfig, raw)
+    assert error.value.path == key
 
 
 def test_a_decoder_of_pictures_is_not_asked_for_clips(tmp_path):

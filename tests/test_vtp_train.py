@@ -27,13 +27,14 @@ from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.training.errors import RunError
 from mmdit.training.run_folder import ENDED_BY
-from mmdit.vtp_training import pretrain_report, textures
+from mmdit.vtp_training import pretrain_report, textures, tokenizer_scores
 from mmdit.vtp_training.glyphs import letters
 from mmdit.vtp_training.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.pretrain_learner import TokenizerLearner, noisy_latents
 from mmdit.vtp_training.pretrain_loop import pretrain
 from mmdit.vtp_training.pretrain_losses import (
+    AdversarialConfig,
     contrast_loss,
     discriminator_loss,
     reconstruction_loss,
@@ -626,6 +627,12 @@ def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
         pretrain(config, CPU)
 
 
+def test_a_wrong_folder_of_pictures_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_scores, "shapes_psnr", lambda *_: pytest.fail("was measured"))
+    with pytest.raises(ValueError, match="photos is no folder of pictures"):
+        tokenizer_scores.tokenizer_scores(None, 4, tmp_path / "photos")
+
+
 # ── configuration ─────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     ("section", "value", "path"),
@@ -675,6 +682,21 @@ def test_shipped_configs_decode_and_fit_the_size_limit(name):
     )
     assert 2 * exported < 16e6
     assert Path(config.output_dir).name == name
+
+
+def test_a_finished_run_that_is_resumed_is_exported_again_and_nothing_else(tmp_path, capsys):
+    """Resume one whose config lost a key that nothing reads, and that an earlier version took."""
+    config = configured(tmp_path / "run", max_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainConfig, "without_part", lambda _: ())
+        older = replace(config, adversarial=AdversarialConfig(start=0.5))
+        export = pretrain(older, CPU)
+    metrics, weights = tmp_path / "run/metrics.jsonl", export / "model.safetensors"
+    before = metrics.read_bytes(), weights.read_bytes()
+    weights.unlink()
+    pretrain(config, CPU, resume=True)
+    assert (metrics.read_bytes(), weights.read_bytes()) == before
+    assert "nothing left to do but the export" in capsys.readouterr().out
 
 
 def test_steps_that_are_done_again_after_a_kill_are_reported_once(tmp_path, monkeypatch):

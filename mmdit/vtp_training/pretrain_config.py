@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtp.models import VTPConfig
 from vtp.tokenizers import ByteTokenizer
 
-from mmdit.config import ConfigError, FilePath, check_sections, least
+from mmdit.config import (
+    ConfigError,
+    FilePath,
+    changed_keys,
+    check_sections,
+    in_one_line,
+    least,
+)
 from mmdit.training.ema import EMAConfig
 from mmdit.vtp_training.images import ImagesConfig
 from mmdit.vtp_training.pretrain_losses import (
@@ -187,13 +195,33 @@ class PretrainConfig:
                 "is false, but a tokenizer draws no previews; leave it out (ema.decay: 0 is no"
                 " average)",
             )
-        if self.contrast.keep_text_tower and not self.contrast.weight:
-            raise ConfigError(
-                "contrast.keep_text_tower",
-                "is true with contrast.weight 0, without which there is no text tower; set a"
-                " weight, or it to false",
-            )
+        for reason, section, names in self.without_part():
+            for name, usual in changed_keys(getattr(self, section), names).items():
+                value, must = map(in_one_line, (getattr(getattr(self, section), name), usual))
+                raise ConfigError(
+                    f"{section}.{name}",
+                    f"is {value}, which has no effect where {reason}; leave it out (it is {must}"
+                    f" then), or set {reason.split()[0]}",
+                )
         check_sections(self)
+
+    def without_part(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """Yield why, in which section, and which keys of it nothing reads."""
+        for loss in ("adversarial", "contrast", "self_supervision"):
+            section = getattr(self, loss)
+            if not section.weight:
+                names = tuple(name for name in vars(section) if name != "weight")
+                yield f"{loss}.weight is 0", loss, names
+        if not self.reconstruction.gradient:
+            yield "reconstruction.gradient is 0", "reconstruction", ("levels",)
+        mix = vars(self.images.mix)
+        if not mix["piles"]:
+            yield "images.mix.piles is 0", "images", ("objects",)
+        if not mix["shapes"]:
+            yield "images.mix.shapes is 0", "images", ("shape_pool",)
+        if mix["shapes"] == sum(mix.values()):
+            only = "images.mix.shapes has no other beside it"
+            yield only, "images", ("texture_pool", "refresh_every")
 
     @property
     def run_dir(self) -> Path:

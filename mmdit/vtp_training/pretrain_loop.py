@@ -19,6 +19,7 @@ from mmdit.vtp_training.pretrain_export import export_tokenizer
 from mmdit.vtp_training.pretrain_report import PretrainReport
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 
+EXPORT = "export"  # the folder in that of a run
 EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and the export
 
 
@@ -42,7 +43,8 @@ def pretrain(config: PretrainConfig, device: torch.device, resume: bool = False)
             if stop.asked and trainer.step < trainer.planned:
                 print(f"stopped on request at step {trainer.step}; continue with --resume")
                 return None
-        report.evaluate(min(256, settings.evaluation_samples), ends=True)
+        if report.scored_step != trainer.step:  # else a finished run is exported again
+            report.evaluate(min(256, settings.evaluation_samples), ends=True)
         return _export(trainer)
 
 
@@ -57,13 +59,19 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
             f"{trainer.folder} holds checkpoints of an earlier run; add --resume, or choose another"
             " output_dir"
         )
-    write_config(trainer.folder, to_yaml(config))
+    done = trainer.step >= trainer.planned
+    write_config(trainer.folder, to_yaml(config), done)
     record_start(trainer.folder, World(device=device), trainer.step, _about(config))
     if device.type == "cuda" and config.train.compile:
         # without a working compiler the blocks run as they are
         torch._dynamo.config.suppress_errors = True
         trainer.learner.compile()
     trainer.prepare()
+    if done:
+        print(
+            f"nothing left to do but the export: the run ended at step {trainer.step}, as planned;"
+            f" for a further stage set init_from={trainer.folder / EXPORT} and another output_dir"
+        )
     size = sum(p.numel() for p in trainer.learner.model.parameters())
     seconds = time.perf_counter() - trainer.started
     print(
@@ -90,7 +98,7 @@ def _export(trainer: TokenizerTrainer) -> Path:
     minutes, device = (time.perf_counter() - trainer.started) / 60, trainer.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     run = {"steps": trainer.step, "minutes": round(minutes, 1), "device": place}
-    folder = trainer.folder / "export"
+    folder = trainer.folder / EXPORT
     export_tokenizer(trainer.averaged_model(), trainer.source, trainer.config, folder, run)
     print(f"exported to {folder} after {minutes:.1f} min", flush=True)
     return folder

@@ -24,6 +24,8 @@ from mmdit.training.run_folder import ENDED_BY
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.vtp_training.tokenizer_scores import reconstruct, shapes_psnr
 
+HELD_OUT = "held_out_psnr"  # what a record of an evaluation has
+
 
 def five_digits(value: float) -> float | None:
     """Return a number as metrics have it, with five digits; None for one that is not finite."""
@@ -34,16 +36,20 @@ def five_digits(value: float) -> float | None:
 
 class PretrainReport:
     """Losses are read from the device once per report. Records of steps that are done again, after
-    a kill, and a line that it has torn are dropped."""
+    a kill, and a line that it has torn are dropped. `scored_step`: the last one that was evaluated,
+    -1 before."""
 
     def __init__(self, trainer: TokenizerTrainer):
         self.trainer, self.path = trainer, refuse_link(trainer.folder / "metrics.jsonl")
-        kept = []
+        kept, self.scored_step = [], -1
         if self.path.exists():
             for line in lines_of(read_text(self.path, "replace")):
                 with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                    if json.loads(line)["step"] <= trainer.step:
+                    record = json.loads(line)
+                    if record["step"] <= trainer.step:
                         kept.append(line + "\n")
+                        if HELD_OUT in record:
+                            self.scored_step = record["step"]
         write_atomically(self.path, "".join(kept))
         self.since, self.at_step = time.perf_counter(), trainer.step
         self.skipped: list[Tensor] = []  # of each step since the last report
@@ -114,11 +120,12 @@ class PretrainReport:
         squares = [(w, h) for w, h, _ in trainer.config.images.sizes if w == h]
         sizes = tuple(dict.fromkeys(squares)) or ((64, 64),)
         scores = shapes_psnr(model, count, sizes)
-        record: dict[str, object] = {"step": trainer.step, "held_out_psnr": scores}
+        record: dict[str, object] = {"step": trainer.step, HELD_OUT: scores}
         train = trainer.config.train
         if ends and trainer.step < train.max_steps:
             record[ENDED_BY] = f"no more steps fit into train.max_minutes, {train.max_minutes:g}"
         self._write(record)
+        self.scored_step = trainer.step
         print(
             f"step {trainer.step}  held-out moving shapes, averaged weights, PSNR: {scores}",
             flush=True,

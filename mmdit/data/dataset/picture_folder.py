@@ -16,6 +16,8 @@ def folder_pictures(folder: str | Path, width: int, height: int) -> Iterator[Ten
     """Yield `(3, height, width)` in [0, 1] of every readable picture under `folder`, cut to that
     size from its middle. One that cannot be read is reported and skipped. ValueError: there is no
     picture, or none can be read."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder of pictures")
     paths = (Path(folder) / name for name in files_below(folder))
     files = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_sheet(path)]
     if not files:

@@ -328,21 +328,15 @@ def check_numbers(name: str, tensor: Tensor, source: object) -> None:
         )
 
 
-def fill(
-    model: Network,
+def check_fits(
+    model: nn.Module,
     stored: Stored,
     names: dict[str, str],
     source: object,
-    device: torch.device | str = "cpu",
-    dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
-    ignored: tuple[str, ...] = (),
-    keep: Keep | None = None,
-) -> Network:
-    """Fill `model`, made without memory (on meta), with the tensors of `stored`, and return it in
-    evaluation; one tensor is read at a time. `names`: the name in the model of each stored one.
-    `keep`: gives the weight of a tensor as it lies in its file, in place of a copy on `device`.
-    ValueError, in one sentence: some lack, are unknown or misshapen.
-    """
+    ignored: Container[str] = (),
+) -> None:
+    """Raise ValueError, in one sentence, unless the tensors of `stored` are the parameters of
+    `model`, as numbers: others lack, are unknown or misshapen, or are quantised. See `fill`."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes = {names.get(name, name): entry.shape for name, entry in stored.entries.items()}
     if scales := [name for name in stored.entries if SCALES.search(name)]:
@@ -363,6 +357,25 @@ def fill(
         problems.append(f"holds {len(wrong)} tensors of another shape, first {first}")
     if problems:
         raise ValueError(f"{source} {' and '.join(problems)}")
+
+
+def fill(
+    model: Network,
+    stored: Stored,
+    names: dict[str, str],
+    source: object,
+    device: torch.device | str = "cpu",
+    dtype: Callable[[str], torch.dtype] = lambda _: torch.float32,
+    ignored: tuple[str, ...] = (),
+    keep: Keep | None = None,
+) -> Network:
+    """Fill `model`, made without memory (on meta), with the tensors of `stored`, and return it in
+    evaluation; one tensor is read at a time. `names`: the name in the model of each stored one.
+    `keep`: gives the weight of a tensor as it lies in its file, in place of a copy on `device`.
+    ValueError, in one sentence: some lack, are unknown or misshapen.
+    """
+    check_fits(model, stored, names, source, ignored)
+    wanted = {name for name, _ in model.named_parameters()}
     for stored_name, tensor in stored.tensors():
         name = names.get(stored_name, stored_name)
         if name not in wanted:

@@ -155,6 +155,45 @@ def test_a_base_that_is_damaged_or_of_another_network_is_one_sentence(tmp_path, 
     )
 
 
+def coded(weights: dict, dtype: torch.dtype, scale: str) -> dict:
+    """Return weights whose matrices of blocks are codes, each with a scale of this name."""
+    result = {}
+    for name, weight in weights.items():
+        result[name] = weight
+        if weight.ndim == 2 and name.startswith("blocks."):
+            largest = weight.abs().max() / 100
+            result[name] = (weight / largest).to(dtype)
+            result |= {name.removesuffix("weight") + scale: largest.reshape(1)} if scale else {}
+    return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "expected"),
+    [
+        (torch.int8, "weight_scale", "is quantised: "),
+        (torch.float8_e5m2, "scale_weight", "is quantised: "),
+        (torch.float8_e4m3fn, "weight_scale_inv", "unknown tensors, first blocks.0."),
+        (torch.int8, "", "holds int8, must hold real numbers"),
+        (None, "", "lacks 1 tensors, first blocks.0.self_attn.q.weight"),
+    ],
+)
+def test_a_base_that_no_model_is_made_of_is_not_measured_either(
+    tmp_path, capsys, monkeypatch, dtype, scale, expected
+):
+    """Codes are no weights, and of what is not there no change is counted: the ratio would be any,
+    and pass each limit."""
+    weights = load_file(GOLDEN / "official.safetensors")
+    if dtype is None:
+        del weights["blocks.0.self_attn.q.weight"]
+    else:
+        weights = coded(weights, dtype, scale)
+    base = tmp_path / "base.safetensors"
+    save_file(weights, base)
+    monkeypatch.setattr(adapter_report, "infer_config", lambda *_: TINY)
+    words = ["--base", base, "--adapter", GOLDEN / "lora_kohya.safetensors", "--max_ratio", 1]
+    refused(capsys, inspect_adapter.main, words, expected)
+
+
 def test_whole_differences_are_measured_beside_updates(tmp_path, capsys, monkeypatch):
     """Of distilled models: a limit that looks at the updates alone would pass them."""
     base = str(GOLDEN / "official.safetensors")

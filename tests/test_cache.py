@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -39,6 +40,7 @@ from mmdit.data.dataset.frames import PreprocessConfig
 from mmdit.data.dataset.records import read_records
 from mmdit.interfaces import LatentSpec, Tokenizer
 from mmdit.scripts import estimate_latent_scale
+from mmdit.scripts import pack_cache as pack_cache_command
 from mmdit.tokenizers.with_low_resolution import WithLowResolution
 from mmdit.tokenizers.with_picture import WithPicture
 from tests.helpers.tiny import refused
@@ -486,6 +488,23 @@ def test_a_scale_has_digits_and_what_never_changes_has_none(tmp_path, capsys):
     scale = float(capsys.readouterr().out.split("latent_scale: ")[1])
     expected = 1 / latents.half().double().std(correction=0)
     assert scale == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+def test_numbers_that_are_not_finite_are_in_no_statistics_and_in_no_shard(tmp_path, capsys, number):
+    """Other programs write such items: the commands name the file, and write nothing."""
+    cache, out = tmp_path / "c", tmp_path / "stats.json"
+    with CacheWriter(cache, CacheManifest.of(MeanPixels(), VIDEO)) as writer:
+        writer.add_many([*"abcd"], torch.randn(4, 1, 2, 2, 3), [""] * 4)
+    for index in cache.glob("index*.jsonl"):
+        index.unlink()
+    item = torch.load(cache / "b.pt")
+    item["latents"][0, 1, 0, 2] = number
+    torch.save(item, cache / "b.pt")
+    words, expected = ["--cache_dir", cache], f"{cache / 'b.pt'} is damaged: its latents are not"
+    refused(capsys, estimate_latent_scale.main, [*words, "--save", out], expected)
+    refused(capsys, pack_cache_command.main, [*words, "--out_dir", tmp_path / "p"], expected)
+    assert not out.exists() and not list((tmp_path / "p").glob("shard*"))
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_full_disk(images, tmp_path):

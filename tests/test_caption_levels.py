@@ -96,6 +96,11 @@ def test_times_and_log_snrs_are_inverse_and_levels_that_no_training_draws_are_le
     )
     levels = caption_levels(learner, torch.ones(2, 1, 1, 1, 1), ["plus"] * 2)
     assert [level.log_snr for level in levels] == [0.0, 1.0, 2.0]
+    learner.objective = build_objective(
+        "flow_matching", flow_matching=FlowMatchingConfig(t_min=0.4, t_max=0.45)
+    )
+    with pytest.raises(ValueError, match="between 0.4 and 0.45, where none of the noise levels"):
+        caption_levels(learner, torch.ones(2, 1, 1, 1, 1), ["plus"] * 2)
 
 
 def test_shares_of_training_follow_its_law_and_every_step_of_the_sampler_is_counted():
@@ -117,6 +122,8 @@ def test_the_report_names_the_peak_and_what_training_and_sampling_spend_there():
     assert peak(levels).log_snr == -5.0, "chance at -8, and growth at low noise, are no peaks"
     text = format_levels(FLOW, levels, 1, SamplerConfig(steps=10, shift=4.0))
     assert "captions decide most at t = 0.9241" in text and "of its 10 steps" in text
+    falling = levels[4:6]  # where training comes to no noisier ones
+    assert peak(falling) is falling[0] and peak(levels[3:5]) is None
     silent = [Level(float(k), 0.5, 0.1, 0.1, 0.0) for k in range(3)]
     assert peak(silent) is None
     assert "decide nothing" in format_levels(FLOW, silent, 1, SamplerConfig(steps=10))
@@ -155,6 +162,12 @@ def test_a_network_that_knows_crops_is_told_them_by_the_command(tmp_path, capsys
     assert inspect_levels.main([*words, "--device", "cpu", "--count", "4"]) == 0
     (crops,) = seen
     assert crops.shape == (4, 4) and (crops[:, 2:] - crops[:, :2] < 1).any(), "not whole pictures"
+    for path in (tmp_path / "crops").glob("*.pt"):
+        item = torch.load(path)
+        item["latents"].fill_(math.nan)
+        torch.save(item, path)
+    words += ["--device", "cpu", "--count", "4"]
+    refused(capsys, inspect_levels.main, words, "are not finite", "mmdit verify-cache --cache_dir")
 
 
 def test_a_cache_of_another_tokenizer_with_as_many_channels_is_refused(tmp_path, capsys):

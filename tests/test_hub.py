@@ -97,6 +97,16 @@ def test_a_model_is_sent_fetched_and_used(hub, shop, model, tmp_path, capsys):
     assert not [path for _, path, *_ in hub.requests if "/resolve/" in path]
 
 
+def test_pictures_that_an_earlier_export_left_are_not_sent(hub, shop, model, capsys):
+    """Export a run without previews by the name that one with previews had."""
+    run = shop.train("plain", "train.max_steps=1")
+    assert model.with_name("model-samples.webp").is_file()
+    export.main(["--checkpoint", str(run), "--out", str(model), "card.license=mit"])
+    assert push.main([str(model), "me/plain"]) == 0
+    assert "model-curves.png" in sent(hub, "me/plain")
+    assert "model-samples.webp" not in sent(hub, "me/plain")
+
+
 def test_the_page_about_sharing_can_be_typed(hub, shop, tmp_path, monkeypatch):
     """Its first block, as it stands, in a folder with the run that it names."""
     shutil.copytree(shop.folder / "runs/base", tmp_path / "runs/my_run")

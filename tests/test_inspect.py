@@ -319,6 +319,13 @@ def test_the_commands(tmp_path, capsys):
         report["global_batch"] == 4 and report["repeated"]["places"] == 1 and "sheet" not in report
     )
     refused(capsys, inspect_cache.main, [*words, "--sheet", "sheet.jpg"], "must end with .png")
+    item = torch.load(tmp_path / "c/b.pt")
+    item["latents"][0, 0, 0, 0] = torch.inf
+    torch.save(item, tmp_path / "c/b.pt")
+    with pytest.raises(SystemExit):
+        inspect_cache.main(words)
+    said = capsys.readouterr()  # the report needs no sheet
+    assert "3 items, 1.5 batches" in said.out and "c/b.pt is damaged: its latents" in said.err
     refused(capsys, inspect_cache.main, [*words, "video.width=64"], "made with other settings")
 
 

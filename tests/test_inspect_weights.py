@@ -86,6 +86,15 @@ def test_headers_are_enough(tmp_path, capsys, monkeypatch):
     assert part["tensors"] == 183
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.uint16])
+def test_bytes_are_those_of_the_numbers_in_files_of_either_kind(tmp_path, capsys, dtype):
+    tensors = {"a": torch.zeros(5, 3, dtype=dtype)}
+    torch.save(tensors, tmp_path / "a.pth")
+    save_file(tensors, tmp_path / "a.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        assert told(capsys, tmp_path / name)["bytes"] == tensors["a"].nbytes
+
+
 def test_our_own_files_and_what_is_none(tmp_path, capsys):
     assert (
         told(capsys, "VTP/checkpoints/vtp_tiny_f16d64/model.safetensors")["kind"] == "VTP tokenizer"

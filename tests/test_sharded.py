@@ -27,7 +27,7 @@ from mmdit.config import ConfigError, apply_overrides, decode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.rng import Draws
-from mmdit.scripts import export, train_t2v
+from mmdit.scripts import export, inspect_weights, train_t2v
 from mmdit.training import checkpoint, parallel
 from mmdit.training.distributed import World, process_group
 from mmdit.training.errors import RunError
@@ -320,6 +320,20 @@ def test_muon_steps_whole_matrices(shop):
 def test_copies_leave_a_compiled_block_whole(tmp_path):
     run_ranks(tmp_path, 2, __file__, "graphs")
     assert [(tmp_path / f"graphs{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_what_its_processes_wrote_is_told_whole(shop, capsys):
+    reports = []
+    for name in ("adapters", "adapters_alone"):
+        inspect_weights.main([str(shop.folder / "runs" / name), "--json"])
+        reports.append(json.loads(capsys.readouterr().out)["parts"])
+    cut, whole = reports
+    for name in ("ema", "lora", "model", "optimizer"):
+        for what in ("kind", "tensors", "parameters", "bytes", "dtypes"):
+            assert cut[name][what] == whole[name][what], (name, what)
+    assert len(cut["model"]["files"]) == 2 > len(whole["model"]["files"])
+    inspect_weights.main([str(newest(shop.folder / "runs/adapters") / "ema"), "--json"])
+    assert json.loads(capsys.readouterr().out) == cut["ema"]
 
 
 def test_a_run_reduces_as_its_config_says(shop):

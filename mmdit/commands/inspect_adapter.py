@@ -16,12 +16,12 @@ from mmdit.diagnostics.attention_statistics import mean_over_heads, observed
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import load_lora, read_lora
-from mmdit.interop.wan_weights import infer_config, locate, official_names
+from mmdit.interop.wan_weights import infer_config, left_out, locate, official_names
 from mmdit.models.wan import WanDiT
 from mmdit.training.expert_choice import joint_choice
 from mmdit.training.media import contact_sheet, save_image
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from mmdit.weights import Checkpoint
+from mmdit.weights import Checkpoint, check_fits, check_numbers
 
 
 def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
@@ -53,18 +53,20 @@ def _chosen(
 
 def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
     """Return the change of each adapted layer of Wan weights, read one at a time: no model is
-    built."""
+    built. ValueError: they are no weights that a model could be made of, such as quantised ones."""
     stored = Checkpoint(locate(Path(base), expert))
     names, _, _ = official_names(list(stored.entries))
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items() if name in names}
     with torch.device("meta"):
         model = WanDiT(infer_config(shapes, base))
+    check_fits(model, stored, names, base, left_out(names))
     content, changes = read_lora(model, adapter, expert), []
     updates = content.updates
     count = len(stored.entries)
     for key, tensor in tqdm(stored.tensors(), total=count, desc="layers", unit="tensor"):
         layer = names.get(key, "").removesuffix(".weight")
         if layer in updates and names[key].endswith(".weight"):
+            check_numbers(names[key], tensor, base)
             linear = torch.nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
             linear.weight = torch.nn.Parameter(tensor.float(), requires_grad=False)
             changes += delta_budget([(layer, updates[layer].adapter(linear))])

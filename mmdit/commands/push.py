@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -67,14 +68,16 @@ class Push:
             raise ValueError(f"nothing is sent, for there is in {self.target}\n  {listed}")
 
     def _take_file(self) -> None:
-        """Take a file, its card and the pictures of the card."""
+        """Take a file, its card, and the pictures that the card shows: others with such names are
+        of an earlier export, perhaps of another model."""
         self.files[self.target.name] = self.target
-        card = card_path(self.target)
+        card, text = card_path(self.target), ""
         if card.is_file():
             self.files["README.md"] = card
+            text = unquote(card.read_text(encoding="utf-8", errors="replace"))
         for ending in ("curves.png", "samples.webp", "clips.webp"):
             beside = self.target.with_name(f"{export_name(self.target)}-{ending}")
-            if beside.is_file():
+            if beside.is_file() and beside.name in text:
                 self.files[beside.name] = beside
         for path in self.files.values():
             refuse_link(path)

@@ -48,7 +48,7 @@ def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.I
     shown = min(FRAMES, int(cache.shapes[items, 0].max()))
     cells, texts = [], []
     for item in items:
-        latents = cache.load(item)
+        latents = cache.load_finite(item)
         if tokenizer.spec.temporal > 1:  # a latent frame has no picture without those before it
             decoded = latents[: min(shown, cache.manifest.joined or shown)]
         else:

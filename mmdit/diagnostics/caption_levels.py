@@ -80,6 +80,12 @@ def caption_levels(
         error, without = (value / len(clean) for value in errors)
         nats = 0.5 * math.exp(log_snr) * (without - error)
         levels.append(Level(log_snr, t, error / size, without / size, nats))
+    if not levels:
+        least, most = objective.t_range
+        raise ValueError(
+            f"the times of this training lie between {least:g} and {most:g}, where none of"
+            " the noise levels that are measured lies"
+        )
     return levels
 
 
@@ -102,9 +108,10 @@ def time_of(objective: Objective, log_snr: float) -> float:
 
 def peak(levels: list[Level]) -> Level | None:
     """Return the noisiest level at which captions say more than at both its neighbours and at
-    least `LEAST`; None where there is none."""
-    for before, level, after in zip(levels, levels[1:], levels[2:]):
-        if level.nats >= LEAST and before.nats < level.nats > after.nats:
+    least `LEAST`, or the noisiest of all that training comes to; None where there is none."""
+    nats = [-math.inf, *(level.nats for level in levels)]
+    for level, before, here, after in zip(levels, nats, nats[1:], nats[2:]):
+        if here >= LEAST and before < here > after:
             return level
     return None
 

@@ -95,7 +95,7 @@ class RealItems:
 
     @torch.no_grad()
     def _frames(self, cache: LatentCache, number: int, shape: Shape) -> Tensor:
-        latents = cache.load(number)[..., : cache.manifest.plain[1]]
+        latents = cache.load_finite(number)[..., : cache.manifest.plain[1]]
         if self.tokenizer.spec.temporal == 1:  # frames are decoded one by one: only those needed
             latents = latents[list(shape.places(len(latents)))]
         else:

@@ -12,10 +12,11 @@ from mmdit.adapters import is_adapter
 from mmdit.interop.lora_names import PARTS, common_prefix
 from mmdit.interop.wan_weights import EXPERT_FOLDERS, Expert, infer_config, locate, official_names
 from mmdit.terminal import shown
-from mmdit.weights import SCALES, Checkpoint
+from mmdit.weights import DTYPES, SCALES, Checkpoint, Entry
 
-# bytes of a number, by the name of its type in a header; others have 1
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+# bytes of a number, by the name of its type in a header or a pickle; others have 1
+BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+BYTES |= {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in DTYPES}
 TITLES = {  # what a file is that holds a tensor of this name
     "model.blocks.0.spatial.q.weight": "mmdit model",
     "trunk.cls_token": "VTP tokenizer",
@@ -51,19 +52,23 @@ def inspect_weights(path: str | Path, expert: Expert | None = None) -> dict:
         }
     place = locate(path, expert)
     stored = Checkpoint(place, parts=True)
-    entries = stored.entries
+    return report_of(place, stored.entries, stored.files, len(stored.scales))
+
+
+def report_of(place: Path, entries: dict[str, Entry], files: list[Path], scaled: int = 0) -> dict:
+    """Return the report of tensors that lie in `files`; see `inspect_weights`."""
     if not entries:
         raise ValueError(f"{place} holds no tensor")
     size = {name: math.prod(entry.shape) for name, entry in entries.items()}
     report = {
         "path": str(place),
         **_kind(entries),
-        "files": [file.name for file in stored.files],
+        "files": [file.name for file in files],
         "tensors": len(entries),
         "parameters": sum(size.values()),
         "bytes": sum(size[n] * BYTES.get(entry.dtype, 1) for n, entry in entries.items()),
         "dtypes": dict(Counter(entry.dtype for entry in entries.values())),
-        "scaled": len(stored.scales),
+        "scaled": scaled,
         "quantised": [name for name in entries if SCALES.search(name)],
     }
     rows = defaultdict(list)

@@ -154,6 +154,12 @@ def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
     return {stored: official(name) for stored, name in bare.items()}, "diffusers", prefix
 
 
+def left_out(names: dict[str, str]) -> tuple[str, ...]:
+    """Return the official names of tensors that no model here has, and that Diffusers does not read
+    either. `names`: as `official_names` gives them."""
+    return tuple(name for name in names.values() if name.endswith("norm_added_q.weight"))
+
+
 def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfig:
     """Return the sizes that official names and shapes tell. Heads are 128 wide, as in every
     released Wan; 0 heads: they cannot be. ValueError: no Wan transformer."""
@@ -313,9 +319,6 @@ def load_dit(
         )
     with torch.device("meta"):
         model = model_class(config)
-    ignored = tuple(
-        name for name in names.values() if name.endswith("norm_added_q.weight")
-    )  # as Diffusers does
     return fill(
         model,
         stored,
@@ -323,7 +326,7 @@ def load_dit(
         f"{place}, read as {config.variant},",
         device,
         lambda name: WanDiT.stored_dtype(name, dtype),
-        ignored,
+        left_out(names),
         kept,
     )
 

@@ -68,13 +68,13 @@ def main(argv: list[str] | None = None) -> int:
             records = input_records(args, medium)
             fps = config.video.fps if medium == "video" else 0.0
             report["metadata"] = compared_with(cache, records, config.preprocess, fps)
-        failure = None
+        failure: Exception | None = None
         if args.samples:
             try:
                 report["sheet"] = saved(
                     cache_sheet(cache, tokenizer, args.samples), sheet, elsewhere=not args.sheet
                 )
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a place, or an item that is damaged
                 failure = error
         print(
             json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report)

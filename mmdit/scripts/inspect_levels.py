@@ -21,6 +21,7 @@ from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.diagnostics.caption_levels import caption_levels, format_levels
 from mmdit.experiment.load import load_pipeline
 from mmdit.scripts import command_parser, friendly, run
+from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import at_least
 from mmdit.training.pipeline import SampleSettings
 
@@ -64,6 +65,13 @@ def main(argv: list[str] | None = None) -> int:
             crops=config.model.crop,
             tile=pipeline.tile and pipeline.tile[1:],
         ).step(0)
+        sound = batch.latents.isfinite().flatten(1).all(1).tolist()
+        if broken := [id for id, fine in zip(batch.ids, sound, strict=True) if not fine]:
+            check = advised("verify-cache", "--cache_dir", args.train_cache_dir)
+            raise ValueError(
+                f"the latents of item {broken[0]!r} are not finite, and nothing can be measured on"
+                f" them: {check} names its file"
+            )
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=pipeline.precision != "fp32")
         with autocast:
             levels = caption_levels(

@@ -10,13 +10,21 @@ its latest checkpoint. Nothing is loaded.
 import json
 from pathlib import Path
 
-from mmdit.interop.inspection import format_inspection, inspect_weights
+from mmdit.interop.inspection import format_inspection, inspect_weights, report_of
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.training.checkpoint import Meta, latest
+from mmdit.training.memory.shards import SHAPES, Stored
+
+
+def inspect_parts(folder: Path) -> dict:
+    """Return what the parts make that the processes of a sharded training wrote into a folder."""
+    stored = Stored(folder.with_suffix(".safetensors"))
+    return report_of(folder, stored.entries(), stored.files)
 
 
 def inspect_checkpoint(path: str, expert: str | None = None) -> dict | None:
-    """Return what each file of a checkpoint of ours is, of a run its latest; None: it is neither.
+    """Return what each file of a checkpoint of ours is, of a run its latest, or what the parts of
+    one file are that processes wrote; None: it is none of these.
     ValueError: no checkpoint is whole, or an `expert` is asked for, which a release has."""
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
@@ -24,6 +32,8 @@ def inspect_checkpoint(path: str, expert: str | None = None) -> dict | None:
         if checkpoint is None:
             raise ValueError(f"{folder} is a run without a whole checkpoint")
         folder = checkpoint
+    if (folder / SHAPES).is_file():
+        return inspect_parts(folder)
     if not (folder / "checkpoint.json").is_file():
         return None
     if expert:
@@ -32,7 +42,9 @@ def inspect_checkpoint(path: str, expert: str | None = None) -> dict | None:
             " it out, or name one of them"
         )
     step = Meta.read(folder).step
-    parts = {file.stem: inspect_weights(file) for file in sorted(folder.glob("*.safetensors"))}
+    files = {file.stem: inspect_weights(file) for file in folder.glob("*.safetensors")}
+    cut = {file.parent.name: inspect_parts(file.parent) for file in folder.glob(f"*/{SHAPES}")}
+    parts = dict(sorted((files | cut).items()))
     return {"kind": f"checkpoint of step {step}", "path": str(folder), "parts": parts}
 
 

@@ -175,7 +175,7 @@ def load_item(path: str | Path, channels: int | None = None) -> dict:
         first_line = next(iter(str(error).splitlines()), "")
         problem = f"it cannot be read ({type(error).__name__}: {first_line})"
     if problem:
-        raise _damaged(path, problem)
+        raise damaged_item(path, problem)
     return item
 
 
@@ -198,7 +198,8 @@ def _problem(item: dict, channels: int | None) -> str:
     return ""
 
 
-def _damaged(path: str | Path, problem: str) -> Damaged:
+def damaged_item(path: str | Path, problem: str) -> Damaged:
+    """Return the error for a file that cannot be used."""
     return Damaged(f"cache file {path}", Damage(Path(path).name, problem, REMEDY, delete=True))
 
 
@@ -211,5 +212,5 @@ def read_entry(id: str, file: str, folder: Path, channels: int) -> Entry:
     try:
         check_storable({"caption": entry.caption} | entry.sections(), "")
     except ValueError as error:
-        raise _damaged(folder / file, str(error)) from None
+        raise damaged_item(folder / file, str(error)) from None
     return entry

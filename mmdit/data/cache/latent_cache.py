@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from mmdit.data.cache.columns import Columns
-from mmdit.data.cache.items import SIGNATURE, load_item
+from mmdit.data.cache.items import SIGNATURE, damaged_item, load_item
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.cache.packed import damaged_shard, is_packed, packed_columns
 from mmdit.data.cache.plain import read_entries
 from mmdit.files import open_regular
+from mmdit.weights import is_finite
 
 Span = tuple[int, int]  # frames start:stop
 # Bytes between two frames of a clip that are read along rather than left out, for a read apart
@@ -64,6 +65,17 @@ class LatentCache:
             out = torch.empty(stop - start, *size, dtype=torch.float16)
         self._load(index, [(start, stop)], [out.numpy()])
         return out
+
+    def load_finite(self, index: int) -> Tensor:
+        """Read all latents of item `index`, as `load` does, and compare their numbers. Damaged:
+        there are nan or infinity among them, of which statistics and pictures would be made."""
+        latents = self.load(index)
+        if not is_finite(latents):
+            path = self.folder / self.columns.files[index]
+            if path.suffix == ".pt":
+                raise damaged_item(path, "its latents are not finite")
+            raise damaged_shard(path, f"the latents of item {self.ids[index]!r} are not finite")
+        return latents
 
     def load_frames(self, index: int, frames: Tensor, out: Tensor) -> None:
         """Read the frames `(F,)`, ascending, of item `index` into `out (F, H, W, C)`, and of those

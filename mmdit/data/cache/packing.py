@@ -202,7 +202,7 @@ def _loaded(
     """Yield the latents of some items, and put their check sums into the entries."""
     for first in range(0, len(part), AT_ONCE):
         chunk = slice(first, first + AT_ONCE)
-        loaded = pool.map(cache.load, part[chunk])
+        loaded = pool.map(cache.load_finite, part[chunk])
         for entry, latents in zip(entries[chunk], loaded, strict=True):
             numbers = latents.contiguous().numpy()
             entry.crc = zlib.crc32(numbers.data.cast("B"))

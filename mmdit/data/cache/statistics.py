@@ -12,7 +12,7 @@ def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
     """Return the per-channel `mean` and `std` over evenly spread items, and the `scale` 1/std over
     all channels together (the single factor of latent diffusion, Rombach et al. 2022). Merged item
     by item in float64 (Chan et al. 1983), so exact. What is cached beside clips, for a model to be
-    given, has no part in them. ValueError: all latents are one number.
+    given, has no part in them. ValueError: all latents are one number, or some are none.
     """
     _, channels = cache.manifest.plain
     count = min(len(cache), max_items or len(cache))
@@ -20,7 +20,7 @@ def latent_statistics(cache: LatentCache, max_items: int | None = None) -> dict:
     values = 0
     mean = squares = torch.zeros((), dtype=torch.float64)  # squares: of the deviations, their sum
     for index in tqdm(chosen, desc="reading latents", unit="item", disable=count < 1000):
-        rows = cache.load(index)[..., :channels].double().flatten(0, 2)
+        rows = cache.load_finite(index)[..., :channels].double().flatten(0, 2)
         delta = rows.mean(0) - mean
         total = values + len(rows)
         squares = squares + (rows - rows.mean(0)).square().sum(0)

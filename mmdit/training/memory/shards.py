@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmdit.files import Sum, read_text
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.distributed import World
-from mmdit.weights import tensor_pieces
+from mmdit.weights import Entry, tensor_pieces
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,9 +48,9 @@ class Stored(Mapping[str, Tensor]):
 
     def __init__(self, path: Path):
         self.path = path
-        files = [path]
+        files = self.files = [path]
         if not path.is_file() and path.with_suffix("").is_dir():
-            files = sorted(path.with_suffix("").glob("*.safetensors"))
+            files = self.files = sorted(path.with_suffix("").glob("*.safetensors"))
         self._parts: dict[str, list[tuple]] = {}  # name → [(file, shape, offsets)]
         self.shapes: dict[str, torch.Size] = {}
         try:
@@ -123,6 +123,14 @@ class Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the shape of every tensor, whole, and its type as the headers name it."""
+        result = {}
+        for name, parts in self._parts.items():
+            dtype = parts[0][0].get_slice(name).get_dtype()
+            result[name] = Entry(self.path, tuple(self.shapes[name]), dtype)
+        return result
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Return `count` rows of a tensor from row `first` on; no others are read."""

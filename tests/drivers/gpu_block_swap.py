@@ -41,6 +41,7 @@ OURS = {
     "ours, 14B, bfloat16, 40 blocks away": ("14B", 40, {}),
     "ours, 14B, float8, 40 blocks away": ("14B", 40, {"dtype": "float8"}),
     "ours, 14B, float8, 20 blocks away": ("14B", 20, {"dtype": "float8"}),
+    "ours, both 14B, bfloat16, 40 blocks away": ("14B", 40, {"pair": True, "boundary": 0.875}),
     "ours, 5B, bfloat16, 30 blocks away": ("5B", 30, {}),
     "ours, 5B, float8": ("5B", 0, {"dtype": "float8"}),
 }

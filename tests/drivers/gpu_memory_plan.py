@@ -50,7 +50,12 @@ TINY = {"1.3B": (64, 32, 5, 8, 16), "5B": (64, 64, 5, 16, 48), "14B": (64, 32, 5
 
 
 def wan(
-    variant: str, tiny: bool, blocks: int | None = None, offload: int = 0, **model
+    variant: str,
+    tiny: bool,
+    blocks: int | None = None,
+    offload: int = 0,
+    pair: bool = False,
+    **model,
 ) -> tuple[dict, dict]:
     width, height, frames, cell, channels = (TINY if tiny else VIDEO)[variant]
     sizes = {"num_layers": 4} if tiny else {"num_layers": blocks} if blocks else {}
@@ -66,6 +71,7 @@ def wan(
         "text_encoder": {"type": "hash", "dim": 4096, "max_length": 512},
         "model": {"type": "wan", "name_or_path": variant, "dtype": "bfloat16"} | model,
         "lora": WAN_LORA,
+        "experts": {"enabled": True, "train": "both"} if pair else {},
         "ema": {"enabled": False},
         "train": {"offload_blocks": min(offload, 4) if tiny else offload},
     }, sizes

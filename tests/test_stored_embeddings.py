@@ -1,6 +1,10 @@
 """Embeddings in files: a caption is encoded once for all runs, and by another encoder's embedding
 never mistaken."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -59,6 +63,26 @@ def test_other_weights_lengths_and_precisions_find_nothing(checkpoint, tmp_path,
     hf(folder, max_length=12, **options)(["red"])
     hf(folder, dtype="bfloat16", **options)(["red"])
     assert len(calls) == 1 and len(files(tmp_path)) == len(list(tmp_path.iterdir())) == 4
+
+
+def test_another_config_with_the_same_weights_finds_nothing(checkpoint, tmp_path, monkeypatch):
+    """And what an earlier version stored, which did not note the config, is taken as it is."""
+    source, cache = Path(checkpoint("t5")[0]), tmp_path / "cache"
+    folders = [shutil.copytree(source, tmp_path / name) for name in ("here", "there")]
+    place = folders[1] / "config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps(config | {"layer_norm_epsilon": 0.5, "transformers_version": "4"}))
+    for folder in (*folders, folders[0]):
+        expected = hf(str(folder))(["red"]).embeddings
+        stored = hf(str(folder), cache_dir=str(cache))
+        assert torch.equal(stored(["red"]).embeddings, expected)
+    place.write_text(json.dumps(config | {"transformers_version": "4", "dtype": "bfloat16"}))
+    older = StoredEmbeddings(cache, stored.stored().key, stored.dim)
+    older.save({"blue": torch.ones(2, stored.dim)})
+    same = hf(str(folders[1]), cache_dir=str(cache))
+    calls = count_calls(same, monkeypatch)
+    assert torch.equal(same(["red"]).embeddings, expected) and not calls
+    assert (same(["blue"]).embeddings == 1).all()
 
 
 def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):

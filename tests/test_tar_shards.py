@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from mmdit.commands.cache_text import take_embeddings
 from mmdit.data.cache import packing
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.packed import INDEX, read_shard
@@ -159,6 +161,13 @@ def test_embeddings_come_and_go_with_their_encoder(cache):
     )
     made = pack(cache, embeddings=other)
     assert made["written"] == made["shards"]
+    for settings, shares in (("some", 1), ("some", 0), ("others", 1)):
+        made = pack(cache, embeddings=replace(other, settings=settings))
+        assert made["written"] == shares * made["shards"]
+    noted = json.loads((out / TEXT_ENCODER).read_text())
+    del noted["settings"]  # as earlier versions
+    (out / TEXT_ENCODER).write_text(json.dumps(noted))
+    assert pack(cache, embeddings=replace(other, settings="some"))["written"] == 0
     made = pack(cache)
     assert made["written"] == made["shards"] and not (out / TEXT_ENCODER).exists()
     with tarfile.open(out / "shard-00000.tar") as tar:
@@ -209,3 +218,6 @@ def test_embeddings_go_into_tars_and_back_bit_for_bit(cache, checkpoint, tmp_pat
     for mine, theirs in zip(rows, expected, strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
     assert {row.dtype for row in rows if len(row)} == {torch.bfloat16}
+    note = tmp_path / "tars" / TEXT_ENCODER
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"settings": "others"}))
+    assert take_embeddings(note.parent, hf(folder, dtype=dtype, cache_dir=str(tmp_path))) == 0

@@ -60,6 +60,8 @@ def take_embeddings(folder: Path, encoder: HuggingFaceEncoder) -> int:
     noted = noted_text_encoder(folder) if folder.is_dir() else None
     if stored is None or noted is None or noted["key"] != stored.key:
         return 0
+    if noted.get("settings", stored.settings) != stored.settings:
+        return 0
     count = 0
     for path in shards_of(folder):
         for caption, row in stored_embeddings(path, noted["dtype"]):

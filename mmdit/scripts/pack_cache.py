@@ -39,7 +39,7 @@ def embeddings_of(config_path: str, overrides: list[str], device: str) -> Embedd
         )
     (example,) = encoder.rows(["a"])
     dtype = str(example.dtype).removeprefix("torch.")
-    return Embeddings(stored.key, dtype, encoder.rows)
+    return Embeddings(stored.key, dtype, encoder.rows, stored.settings)
 
 
 def main(argv: list[str] | None = None) -> int:

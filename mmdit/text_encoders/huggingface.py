@@ -15,7 +15,11 @@ from mmdit.config import ConfigError, FilePath
 from mmdit.files import expanded
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.text_encoders.stored import RecentEmbeddings, StoredEmbeddings, encoder_key
-from mmdit.text_encoders.transformers_loading import load_encoder, most_tokens
+from mmdit.text_encoders.transformers_loading import (
+    load_encoder,
+    most_tokens,
+    network_settings,
+)
 from mmdit.text_encoders.words import check_length
 
 logger = logging.getLogger(__name__)
@@ -171,7 +175,9 @@ class HuggingFaceEncoder(TextEncoder):
             # a batch's shape decides its rounding
             settings = (self.config.max_length, GROUP, LENGTH_STEP)
             key = encoder_key(self.encoder, self.tokenizer, *settings)
-            self._stored = StoredEmbeddings(expanded(self.config.cache_dir), key, self.dim)
+            of_network = network_settings(self.config.name_or_path, self.config.local_files_only)
+            folder = expanded(self.config.cache_dir)
+            self._stored = StoredEmbeddings(folder, key, self.dim, of_network)
         return self._stored
 
     def _apply(self, *arguments, **keywords):

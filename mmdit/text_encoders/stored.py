@@ -3,9 +3,9 @@ encoded once, not once a run.
 
     <folder>/<key>/<hash of the caption>.safetensors   `embedding (T, dim)`, the encoder's precision
 
-The file says whose caption it is, and its check sum; both are compared before it is used. The key
-is a hash of all on which an embedding depends: weights, vocabulary, `max_length`. Another encoder
-finds none.
+The file says whose caption it is, its check sum, and by which settings of the network it was made;
+all are compared before it is used. The key is a hash of the rest on which an embedding depends:
+weights, vocabulary, `max_length`. Another encoder finds none.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mmdit.weights import bytes_of, tensor_pieces
 
 
 def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
-    """Return a hexadecimal hash of all on which an embedding depends; every weight is read
-    once."""
+    """Return a hexadecimal hash of all on which an embedding depends, but for what the network's
+    config says beside its sizes; every weight is read once."""
     digest = hashlib.sha256(f"{type(encoder).__name__} {settings}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = (
@@ -91,10 +91,11 @@ class RecentEmbeddings:
 
 
 class StoredEmbeddings:
-    """Reads and writes the folder of one key. Several processes may, at once."""
+    """Reads and writes the folder of one key. Several processes may, at once. `settings`: a hash of
+    the network's config, which earlier versions did not note: what they stored counts as ours."""
 
-    def __init__(self, folder: Path, key: str, dim: int):
-        self.key = key[:32]
+    def __init__(self, folder: Path, key: str, dim: int, settings: str = ""):
+        self.key, self.settings = key[:32], settings
         self.folder, self.dim = folder / self.key, dim
         self.folder.mkdir(parents=True, exist_ok=True)
         clean(self.folder, self.folder.parent)
@@ -114,17 +115,20 @@ class StoredEmbeddings:
             except (OSError, SafetensorError, KeyError):
                 continue
             fits = row.ndim == 2 and row.shape[1] == self.dim
-            # earlier versions wrote no metadata
-            if fits and metadata in ({}, _metadata(caption, row)):
+            # earlier versions wrote no metadata, later ones all but the settings
+            older = {}, _metadata(caption, row)
+            if fits and metadata in (*older, _metadata(caption, row, self.settings)):
                 rows[caption] = row
         return rows
 
     def save(self, rows: dict[str, Tensor]) -> None:
         for caption, row in rows.items():
-            pieces = tensor_pieces({"embedding": row}, _metadata(caption, row))
+            metadata = _metadata(caption, row, self.settings)
+            pieces = tensor_pieces({"embedding": row}, metadata)
             write_atomically(self._path(caption), pieces)
 
 
-def _metadata(caption: str, row: Tensor) -> dict[str, str]:
+def _metadata(caption: str, row: Tensor, settings: str = "") -> dict[str, str]:
     """Return what a file says of itself; the caption in letters that any JSON may hold."""
-    return {"caption": json.dumps(caption), "crc32": str(zlib.crc32(bytes_of(row)))}
+    said = {"caption": json.dumps(caption), "crc32": str(zlib.crc32(bytes_of(row)))}
+    return said | ({"settings": settings} if settings else {})

@@ -4,6 +4,8 @@ their weights can run code, and that whatever is wrong with them is one sentence
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -70,6 +72,20 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, local: bool) -> tuple[An
     return tokenizer, encoder
 
 
+def network_settings(name_or_path: str, local: bool) -> str:
+    """Return a hexadecimal hash of the config.json of an encoder, which says what its weights do
+    not: the activation, the reach of relative positions, constants of norms."""
+    from transformers import PretrainedConfig
+
+    with explained("config", name_or_path, local):
+        source = os.path.expanduser(name_or_path)
+        raw, _ = PretrainedConfig.get_config_dict(source, local_files_only=local)
+    told = {name: raw[name] for name in raw if name not in UNTOLD and not name.startswith("_")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# in a config.json, and of no effect on embeddings
+UNTOLD = ("transformers_version", "torch_dtype", "dtype", "architectures", "task_specific_params")
 CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
 OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
 LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most

@@ -95,7 +95,8 @@ def _note_text_encoder(out: Path, embeddings: Embeddings | None) -> None:
     """Note whose embeddings the tars hold. Tars with those of another are taken out, for an item
     does not say it."""
     wanted = embeddings.to_json() if embeddings else None
-    if noted_text_encoder(out) == wanted:
+    noted = noted_text_encoder(out)
+    if noted == wanted or (noted and wanted and wanted | noted == wanted):
         return
     for path in (out / INDEX, *out.glob("shard-*.tar"), out / TEXT_ENCODER):
         path.unlink(missing_ok=True)

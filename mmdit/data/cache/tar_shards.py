@@ -35,16 +35,18 @@ TEXT_ENCODER = "text_encoder.json"  # which one made the embeddings in the tars 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Whose embeddings go along with the captions. `key` changes with the encoder's weights;
-    `rows(captions)` returns each `(tokens, dim)` on the CPU, of `dtype`."""
+    """Whose embeddings go along with the captions. `key` changes with the encoder's weights,
+    `settings` with its config ("": none); `rows(captions)` returns each `(tokens, dim)` on the CPU,
+    of `dtype`."""
 
     key: str
     dtype: str
     rows: Callable[[list[str]], list[Tensor]]
+    settings: str = ""
 
     def to_json(self) -> dict[str, str]:
         """Return what is noted beside the tars."""
-        return {"key": self.key, "dtype": self.dtype}
+        return {"key": self.key, "dtype": self.dtype, "settings": self.settings}
 
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
@@ -151,11 +153,13 @@ def _read(file: io.FileIO, entry: TarEntry) -> bytes:
 
 
 def noted_text_encoder(folder: Path) -> dict[str, str] | None:
-    """Return what `Embeddings.to_json` noted in a folder; None where no embeddings are."""
+    """Return what `Embeddings.to_json` noted in a folder, of an earlier version without the
+    settings; None where no embeddings are."""
     try:
         with open_regular(folder / TEXT_ENCODER) as file:
             row = json.loads(file.read())
-        return {"key": row["key"], "dtype": row["dtype"]}
+        noted = {"key": row["key"], "dtype": row["dtype"]}
+        return noted | ({"settings": row["settings"]} if "settings" in row else {})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -225,8 +225,7 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
         path, equals, text = word.partition("=")
         if not equals or not path:
             raise ConfigError("", f"override {word!r} is not of the form section.key=value")
-        value, _ = parse_yaml(f"value: {text}" if text else "value: null", f"override {word!r}")
-        _refuse_comment(word, text)
+        value = parse_value(text, f"override {word!r}")
         target = result
         *parents, last = path.split(".")
         for parent in parents:
@@ -238,22 +237,26 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
                 )
             target[parent] = dict(target[parent])
             target = target[parent]
-        target[last] = value["value"]
+        target[last] = value
     return result
 
 
-def _refuse_comment(word: str, text: str) -> None:
-    """Refuse an override of whose value YAML would leave an end out, as a comment."""
-    if "#" not in text and "\n" not in text:
-        return
-    value = yaml.compose(f"value: {text}").value[0][1]
-    comment = text[max(0, value.end_mark.index - len("value: ")) :].strip()
+def parse_value(text: str, name: str) -> Any:
+    """Return what a text says in YAML that stands alone as a value; nothing is null. ConfigError:
+    it is none, or YAML would leave a part of it out, as a comment or a name."""
+    value = parse_yaml(f"value: {text}" if text else "value: null", name)[0]["value"]
+    comment = text if text.startswith("&") else ""
+    if "#" in text or "\n" in text:
+        node = yaml.compose(f"value: {text}").value[0][1]
+        comment = text[max(0, node.end_mark.index - len("value: ")) :].strip()
     if comment:
+        what = "a name (anchor)" if comment.startswith("&") else "a comment"
         raise ConfigError(
             "",
-            f"override {word!r}: YAML reads {comment!r} as a comment and leaves it out; put quotes"
-            " around the value, within those of the shell",
+            f"{name}: YAML reads {comment!r} as {what} and leaves it out; put quotes around the"
+            " value (on a command line within those of the shell)",
         )
+    return value
 
 
 def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:

@@ -17,13 +17,13 @@ import pytest
 from tqdm import tqdm
 
 pytest.importorskip("starlette")
-from mmdit.config import ConfigError, FilePath, load
+from mmdit.config import ConfigError, FilePath, apply_overrides, load
 from mmdit.experiment import config_keys
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.scripts import ui
 from mmdit.scripts.listing import commands
 from mmdit.training.run_folder import text_of
-from mmdit.ui import job_files
+from mmdit.ui import job_files, job_runner
 from mmdit.ui.allowed_folders import PATH_KEYS, AllowedFolders
 from mmdit.ui.command_forms import NO_PATHS, options_of, takes, words_of
 from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_types
@@ -76,6 +76,15 @@ def test_a_text_of_the_file_is_the_same_after_a_form_and_as_an_override(text):
     assert config_of(form, fields) == config
     words = overrides("plain.yaml", plain, config)
     assert load(ExperimentConfig, "plain.yaml", words) == config
+
+
+@pytest.mark.parametrize("text", ["zork #3", "[a] # b", "&a b"])
+def test_a_field_of_which_yaml_would_leave_a_part_out_is_refused(text):
+    """And so is a word of a command line."""
+    with pytest.raises(ConfigError, match="captions.trigger: is .* and leaves it out"):
+        config_of(form_of(ExperimentConfig("x")), {"set:captions.trigger": text})
+    with pytest.raises(ConfigError, match="leaves it out"):
+        apply_overrides({}, [f"captions.trigger={text}"])
 
 
 def test_a_field_that_is_emptied_is_null_and_not_the_default():
@@ -400,6 +409,47 @@ def test_the_runner_of_a_removed_job_writes_nothing_into_the_next_of_its_number(
     assert JobStore(tmp_path).status("00001") == {}
 
 
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_loses_no_job(tmp_path, monkeypatch):
+    """What could not be written is written when there is room again, also what a job that has
+    ended ended with."""
+    store = JobStore(tmp_path)
+    folder = store.reserve()
+    row = {"id": folder.name, "words": ["-c", "pass"], "device": "cpu", "created": time.time()}
+    (folder / "job.json").write_text(json.dumps(row))
+    failures = iter([1, 1, 1, 0, 1, 1, 0])
+
+    def full_for_a_while(path, text):
+        if next(failures, 0):
+            full()
+        path.write_text(text)
+
+    monkeypatch.setattr(job_runner, "write_atomically", full_for_a_while)
+    monkeypatch.setattr(job_runner, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(job_runner.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(job_runner, "print", full, raising=False)
+    monkeypatch.setattr(Job, "argv", [sys.executable, "-c", "raise SystemExit(3)"])
+    Runner(folder).run()
+    assert store.status(folder.name)["exit"] == 3 and next(failures, None) is None
+
+
+def test_jobs_that_ended_are_looked_at_once(tmp_path, monkeypatch):
+    store = JobStore(tmp_path)
+    for number in range(4):
+        folder = store.reserve()
+        row = {"id": folder.name, "words": ["x"], "device": "cpu", "created": time.time()}
+        (folder / "job.json").write_text(json.dumps(row))
+        (folder / "status.json").write_text(json.dumps({"ended": 1.0, "exit": 1} if number else {}))
+    runner, read = Runner(folder), []
+    original = JobStore.read
+    monkeypatch.setattr(JobStore, "read", lambda *args: read.append(args[1]) or original(*args))
+    assert runner.waits() and runner.waits()
+    assert read == ["00001", "00002", "00003", "00001"]
+
+
 def test_a_link_out_of_the_folders_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to("/etc")
@@ -663,7 +713,9 @@ def test_a_page_stops_a_job_and_runs_it_again(store, tmp_path):
 def test_a_training_is_continued_with_resume(store, tmp_path):
     place = workplace(tmp_path / "runs")
     run = tmp_path / "runs" / "one"
-    (run / "checkpoints" / "step_1").mkdir(parents=True)
+    checkpoint = run / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").touch()
     words = ["train", f"--config={CONFIG}", "--train_cache_dir=x"]
     old = store.add(store.reserve(), words, "cpu", str(run))
     wait(store, old, lambda state: state.is_over)
@@ -678,9 +730,10 @@ def test_a_training_is_continued_with_resume(store, tmp_path):
 
 
 def test_a_training_that_has_saved_nothing_begins_again_without_resume(store, tmp_path):
-    """With it the command would end, for there is nothing to go on from."""
+    """With it the command would end, for there is nothing to go on from: what a kill left half
+    written is no checkpoint."""
     run = tmp_path / "runs" / "one"
-    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / ".writing-step_00000002-a1").mkdir(parents=True)
     words = ["train", f"--config={CONFIG}", "--train_cache_dir=x"]
     old = store.add(store.reserve(), words, "cpu", str(run))
     wait(store, old, lambda state: state.is_over)
@@ -695,19 +748,16 @@ def test_blanks_around_a_folder_are_no_part_of_it(tmp_path):
     assert request._out(tmp_path) == str(tmp_path / "cache")
 
 
-def test_a_full_disk_is_told_where_a_job_is_run_again(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_where_a_job_is_run_again_or_stopped(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / ".jobs" / "00001"
     folder.mkdir(parents=True)
     row = {"id": "00001", "words": ["train"], "device": "cpu", "created": 1.0}
     (folder / "job.json").write_text(json.dumps(row))
     client = browser(tmp_path / "runs")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(JobStore, "reserve", full)
-    answer = send(client, "/job/00001/again")
-    assert answer.status_code == 400 and "No space left on device" in answer.text
+    for name, what in (("reserve", "again"), ("stop", "stop")):
+        monkeypatch.setattr(JobStore, name, full)
+        answer = send(client, f"/job/00001/{what}")
+        assert answer.status_code == 400 and "No space left on device" in answer.text
 
 
 def test_the_files_of_a_job_are_pictures_in_its_own_folder(store, tmp_path):

@@ -189,6 +189,23 @@ def test_the_pages_name_states_and_previews(tmp_path):
     assert part.status_code == 206 and len(part.content) == 10
 
 
+def test_a_name_that_is_not_utf8_takes_no_page_down(tmp_path):
+    make_run(tmp_path / "runs", "good")
+    for name in (b"caf\xe9", b"caf\xe9.safetensors"):
+        folder = tmp_path / "runs" / os.fsdecode(name)
+        try:
+            folder.mkdir()
+        except OSError:
+            pytest.skip("this file system takes no such names")
+        (folder / "config.yaml").write_text("experiment_name: x\n")
+        (folder / "metrics.jsonl").touch()
+        (folder / "manifest.json").touch()
+        (folder / "checkpoints").mkdir()
+    for page in ("/", "/new/train", "/data", "/playground", "/jobs"):
+        answer = client(tmp_path / "runs").get(page)
+        assert answer.status_code == 200 and ("caf?" in answer.text or page == "/jobs")
+
+
 def test_a_folder_without_runs_says_so(tmp_path):
     assert "There is no run yet" in client(tmp_path / "absent").get("/").text
 

@@ -80,12 +80,12 @@ def network_settings(name_or_path: str, local: bool) -> str:
     with explained("config", name_or_path, local):
         source = os.path.expanduser(name_or_path)
         raw, _ = PretrainedConfig.get_config_dict(source, local_files_only=local)
-    told = {name: raw[name] for name in raw if name not in UNTOLD and not name.startswith("_")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    kept = {name: raw[name] for name in raw if name not in IDLE and not name.startswith("_")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # in a config.json, and of no effect on embeddings
-UNTOLD = ("transformers_version", "torch_dtype", "dtype", "architectures", "task_specific_params")
+IDLE = ("transformers_version", "torch_dtype", "dtype", "architectures", "task_specific_params")
 CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
 OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
 LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most

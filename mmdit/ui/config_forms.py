@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmdit.config import ConfigError, decode, hints_of, in_one_line, load, parse_yaml
+from mmdit.config import ConfigError, decode, hints_of, in_one_line, load, parse_value
 from mmdit.experiment.config_keys import (
     comment,
     default,
@@ -188,9 +188,9 @@ def _value(path: str, text: str) -> Any:
     """Return what the text of a field says in YAML; its lines are one."""
     text = " ".join(text.split("\n")).strip()
     try:
-        return parse_yaml(f"value: {text}" if text else "value: null")[0]["value"]
+        return parse_value(text, "value")
     except ConfigError as error:
-        raise ConfigError(path, f"is {text!r}, which is no YAML: {error.message}") from None
+        raise ConfigError(path, f"is {text!r}, which cannot be read: {error.message}") from None
 
 
 def overrides(path: str, old: Any, new: Any) -> list[str]:

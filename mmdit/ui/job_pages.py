@@ -20,7 +20,7 @@ from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest, Workplace, again
 from mmdit.ui.run_folders import find_runs
 from mmdit.ui.run_pages import SHOWN_FILES, send_picture
-from mmdit.ui.templating import Templates
+from mmdit.ui.templating import Templates, utf8
 
 MOST_PICTURES, MOST_SKIPPED, MOST_CONFIGS = 64, 200, 500
 
@@ -160,9 +160,11 @@ class JobPages:
         """Ask a job to stop."""
         try:
             job = self.place.store.read(request.path_params["job"])
+            self.place.store.stop(job.id)
         except ValueError as error:
             return self.templates.problem(request, str(error), 404)
-        self.place.store.stop(job.id)
+        except OSError as error:  # a full disk, or a job of another user
+            return self.templates.problem(request, str(error))
         return RedirectResponse(f"/job/{job.id}", 303)
 
     def again(self, request: Request) -> Response:
@@ -200,6 +202,7 @@ def pictures_of(job: Job) -> list[str]:
     except OSError:  # it is not there, or nobody may look into it
         return []
     names = [name for name in names if Path(name).suffix.lower() in SHOWN_FILES]
+    names = [name for name in names if name == utf8(name)]  # no address leads to others
     names.sort(key=lambda name: (name[:1].isdigit(), name))
     return names[:MOST_PICTURES]
 

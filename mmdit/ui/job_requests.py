@@ -11,6 +11,7 @@ from typing import Any
 from mmdit.config import load
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.files import expanded, lines_of, real_path, write_atomically
+from mmdit.training.checkpoint import complete
 from mmdit.ui.allowed_folders import AllowedFolders
 from mmdit.ui.command_forms import Option, options_of, takes, words_of
 from mmdit.ui.config_forms import (
@@ -233,7 +234,7 @@ def again(place: Workplace, old: Job) -> Job:
     """Start a job once more; it goes on where it was stopped: a training from its newest
     checkpoint, and other commands with what is missing."""
     parser, words = place.command(old.command).parser(), list(old.words)
-    has_checkpoint = old.run is not None and any(Path(old.run, "checkpoints").glob("*"))
+    has_checkpoint = old.run is not None and bool(complete(Path(old.run)))
     if takes(parser, "resume") and has_checkpoint and "--resume" not in words:
         words.append("--resume")
     folder = place.store.reserve()

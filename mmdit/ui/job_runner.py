@@ -30,15 +30,21 @@ class Runner:
         self.store = JobStore(folder.parents[1])
         self.job = self.store.read(folder.name)
         self.status: dict = {"runner": identity(os.getpid()), "queued": time.time()}
-        self.asked = False
+        self.asked, self.is_noted = False, False
+        self.passed: set[str] = set()  # jobs that need not be waited for, now and later
 
     def note(self, **values) -> None:
         """Write what is new beside the job. Of one whose folder was removed nothing is written:
         the next job may have got its number."""
         self.status |= values
-        with contextlib.suppress(ValueError, OSError):
+        try:
             if self.store.read(self.folder.name) == self.job:
                 self._write()
+            self.is_noted = True
+        except ValueError:  # it was removed
+            self.is_noted = True
+        except OSError:  # a full disk
+            self.is_noted = False
 
     def _write(self) -> None:
         write_atomically(self.folder / "status.json", json.dumps(self.status))
@@ -47,12 +53,26 @@ class Runner:
         """Remember that the job shall stop: it leaves the queue, or its command is asked to end."""
         self.asked = True
 
+    def rest(self) -> None:
+        """Let some time pass, and write what could not be written."""
+        time.sleep(LOOK_SECONDS)
+        if not self.is_noted:
+            self.note()
+
     def waits(self) -> bool:
-        """Return whether an earlier job that shares a device is not over."""
-        earlier = [job for job in self.store.jobs() if int(job.id) < int(self.job.id)]
-        return any(
-            job.devices & self.job.devices and not self.store.state(job).is_over for job in earlier
-        )
+        """Return whether an earlier job that shares a device is not over. Of thousands of jobs few
+        are looked at again."""
+        names = (name for name in self.store.names() if int(name) < int(self.job.id))
+        waits = False
+        for name in filter(lambda name: name not in self.passed, names):
+            with contextlib.suppress(ValueError):
+                job = self.store.read(name)
+                shared = bool(job.devices & self.job.devices)
+                if not shared or self.store.status(name).get("ended"):
+                    self.passed.add(name)
+                elif not self.store.state(job).is_over:
+                    waits = True
+        return waits
 
     def run(self) -> None:
         """Take the job to its end."""
@@ -60,11 +80,12 @@ class Runner:
         self.note()
         self.asked = self.asked or (self.folder / STOP).exists()
         while not self.asked and self.waits():
-            time.sleep(LOOK_SECONDS)
+            self.rest()
         if self.asked:
             self.note(stop_asked=time.time(), ended=time.time(), exit=None)
             return
-        print(f"$ {self.job.line}", flush=True)
+        with contextlib.suppress(OSError):  # a full disk
+            print(f"$ {self.job.line}", flush=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(self.job.argv, stdin=subprocess.DEVNULL, env=environment)
         started, said = identity(child.pid), False
@@ -74,8 +95,10 @@ class Runner:
                 said = True
                 terminate(started, self.job.processes > 1)
                 self.note(stop_asked=time.time())
-            time.sleep(LOOK_SECONDS)
+            self.rest()
         self.note(ended=time.time(), exit=child.returncode)
+        while not self.is_noted:
+            self.rest()
 
 
 if __name__ == "__main__":

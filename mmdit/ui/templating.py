@@ -5,10 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.filters import do_urlencode
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from mmdit.ui.access import Guard
+
+
+def utf8(text: str) -> str:
+    """Return a text without letters that UTF-8 has not, as names of files may have: as "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def address_part(value: str | dict[str, str]) -> str:
+    """Return a text as a part of an address, or a mapping as its query."""
+    if isinstance(value, dict):
+        return do_urlencode({name: utf8(text) for name, text in value.items()})
+    return do_urlencode(utf8(value))
 
 
 class Templates:
@@ -23,6 +36,7 @@ class Templates:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        self.environment.filters["urlencode"] = address_part
 
     def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
         """Return a page made of the template `name`."""
@@ -32,7 +46,7 @@ class Templates:
             "here": request.url.path,
         }
         text = self.environment.get_template(name).render(common | values)
-        return HTMLResponse(text, status)
+        return HTMLResponse(utf8(text), status)
 
     def problem(self, request: Request, message: str, status: int = 400) -> Response:
         """Return a page that says what is wrong."""

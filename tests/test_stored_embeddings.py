@@ -1,14 +1,19 @@
 """Embeddings in files: a caption is encoded once for all runs, and by another encoder's embedding
 never mistaken."""
 
+import errno
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmdit.config import ConfigError
+from mmdit.commands.cache_text import encode_captions
+from mmdit.config import ConfigError, decode
+from mmdit.experiment.experiment_config import ExperimentConfig
+from mmdit.text_encoders import stored as stored_module
 from mmdit.text_encoders.stored import StoredEmbeddings
 from tests import test_text_encoders
 from tests.test_text_encoders import CAPTIONS, count_calls, hf
@@ -83,6 +88,30 @@ def test_another_config_with_the_same_weights_finds_nothing(checkpoint, tmp_path
     calls = count_calls(same, monkeypatch)
     assert torch.equal(same(["red"]).embeddings, expected) and not calls
     assert (same(["blue"]).embeddings == 1).all()
+
+
+def test_a_folder_that_can_only_be_read_is_read(checkpoint, tmp_path, monkeypatch, caplog):
+    """What is not there is computed in each run; who fills the folder is told."""
+    folder, _ = checkpoint("t5")
+    weights = next(Path(folder).glob("*.safetensors"))
+    expected = hf(folder)(["red", "blue"]).embeddings
+    hf(folder, cache_dir=str(tmp_path))(["red"])
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(stored_module, "write_atomically", refused)
+    shared = hf(folder, cache_dir=str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(shared(["red", "blue"]).embeddings, expected)
+        shared(["star"])
+    text, error = caplog.text, shared.unsaved
+    encoder = {"type": "hf", "name_or_path": folder, "max_length": 16, "cache_dir": str(tmp_path)}
+    asked = {"train": {"sample_negative_prompt": "left"}, "text_encoder": encoder}
+    with pytest.raises(OSError, match="Read-only"):
+        encode_captions(decode(ExperimentConfig, {"experiment_name": "x"} | asked), [], "cpu")
+    assert text.count("can only be read") == 1 and error.errno == errno.EROFS
+    assert len(stored_module.files_key([weights], tmp_path)) == 64  # it cannot be remembered
 
 
 def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):

@@ -128,6 +128,11 @@ def make_bert():
     return transformers.BertModel(transformers.BertConfig(**TOWER, max_position_embeddings=20))
 
 
+def make_roberta():
+    config = transformers.RobertaConfig(**TOWER, max_position_embeddings=20, pad_token_id=0)
+    return transformers.RobertaModel(config)
+
+
 MAKERS = {
     "t5": make_t5,
     "umt5": make_umt5,
@@ -136,6 +141,7 @@ MAKERS = {
     "clip_text": make_clip_text,
     "siglip": make_siglip,
     "bert": make_bert,
+    "roberta": make_roberta,
 }
 
 
@@ -594,7 +600,7 @@ def reference(name, model, ids):
         getattr(model, part)
         if part
         else model
-        if name in ("clip_text", "bert")
+        if name in ("clip_text", "bert", "roberta")
         else model.get_encoder()
     )
     with torch.no_grad():
@@ -780,6 +786,14 @@ def test_hf_settings_that_contradict_the_checkpoint(checkpoint, keys, path, word
         hf(checkpoint("clip_text")[0], **keys)
     assert error.value.path == path and all(word in str(error.value) for word in words), error.value
     assert hf(checkpoint("clip_text")[0], dim=16).dim == 16
+
+
+def test_no_caption_is_longer_than_the_places_that_an_encoder_has(checkpoint):
+    """RoBERTa begins to count behind the number of its padding: one place of 20 is none."""
+    folder, _ = checkpoint("roberta")
+    with pytest.raises(ConfigError, match="max_length: is 20, but .* reads at most 19; set 19"):
+        hf(folder, max_length=20)
+    assert hf(folder, max_length=19)(["red " * 40]).valid.sum() == 19
 
 
 def test_hf_sources_that_cannot_be_loaded_say_what_where_and_what_to_do(checkpoint, tmp_path):

@@ -489,6 +489,14 @@ def test_an_override_of_a_stored_config_is_looked_at(tmp_path, word):
         allowed.check_override(good)
 
 
+@pytest.mark.parametrize("given", ["train_images.jsonl", "records.txt", ""])
+def test_metadata_is_looked_at_whatever_its_suffix_and_in_its_folder(tmp_path, given):
+    path = tmp_path / (given or "val_videos.jsonl")
+    path.write_text(' \ufeff\n {"id": "a", "video_path": "/etc/x.mp4"}\n')
+    with pytest.raises(ValueError, match="--meta_jsonl, line 2: video_path is .*outside"):
+        AllowedFolders([tmp_path]).check(str(tmp_path / given), "--meta_jsonl")
+
+
 @pytest.mark.parametrize("outside", ["/etc/x.png", "../../x.png", "~/x.png", "link.png"])
 def test_what_a_metadata_file_names_is_looked_at(tmp_path, outside):
     folder = tmp_path / "in"

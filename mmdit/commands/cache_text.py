@@ -87,6 +87,8 @@ def encode_captions(
             print(f"{taken} embeddings of this encoder were taken from the tars in {source.path}")
     for start in tqdm(range(0, len(captions), batch_size), desc="encoding captions"):
         encoder(captions[start : start + batch_size])
+        if encoder.unsaved:
+            raise encoder.unsaved
     print(f"{len(captions)} captions are in {config.text_encoder.cache_dir}")
     if sources and (config.captions.shuffle or config.captions.token_dropout):
         print(

@@ -3,6 +3,7 @@ or a hub name."""
 
 from __future__ import annotations
 
+import errno
 import logging
 from dataclasses import dataclass
 from math import ceil
@@ -109,6 +110,7 @@ class HuggingFaceEncoder(TextEncoder):
         self.frozen = config.freeze
         self.tokenizer, self.encoder = self._open()
         self.reported = False
+        self.unsaved: OSError | None = None  # why embeddings are not kept in files
         self.forget()
         self.requires_grad_(not self.frozen)
         self.train()
@@ -279,12 +281,26 @@ class HuggingFaceEncoder(TextEncoder):
             for start in range(0, len(items), GROUP):
                 encoded = self._encode_group(items[start : start + GROUP], length)
                 known |= encoded
-                if files:
-                    files.save(encoded)
+                if files and self.unsaved is None:
+                    self._save(files, encoded)
         self._recent.save(
             {caption: known[caption] for caption in known if caption not in self.silent}
         )
         return known
+
+    def _save(self, files: StoredEmbeddings, rows: dict[str, Tensor]) -> None:
+        """Keep embeddings in files. A folder that others share may be one that can only be read."""
+        try:
+            files.save(rows)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            self.unsaved = error
+            logger.warning(
+                "captions that are not in text_encoder.cache_dir are encoded in each run, for it"
+                " can only be read (said once): %s",
+                error,
+            )
 
     def _encode_group(self, items: list[tuple[str, list[int]]], length: int) -> dict[str, Tensor]:
         """Encode captions of about one length, filled up to a whole group. ValueError: not

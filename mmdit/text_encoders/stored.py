@@ -10,6 +10,7 @@ weights, vocabulary, `max_length`. Another encoder finds none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -55,8 +56,9 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
         if not isinstance(known.get(place), str):
             with file.open("rb") as stream:
                 known[place] = _digest(stream)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps(known))
+            with contextlib.suppress(OSError):  # a folder that can only be read
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(memory, json.dumps(known))
         digest.update(known[place].encode())
     return digest.hexdigest()
 
@@ -97,7 +99,6 @@ class StoredEmbeddings:
     def __init__(self, folder: Path, key: str, dim: int, settings: str = ""):
         self.key, self.settings = key[:32], settings
         self.folder, self.dim = folder / self.key, dim
-        self.folder.mkdir(parents=True, exist_ok=True)
         clean(self.folder, self.folder.parent)
 
     def _path(self, caption: str) -> Path:
@@ -122,6 +123,8 @@ class StoredEmbeddings:
         return rows
 
     def save(self, rows: dict[str, Tensor]) -> None:
+        """Write embeddings. OSError: they cannot be."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for caption, row in rows.items():
             metadata = _metadata(caption, row, self.settings)
             pieces = tensor_pieces({"embedding": row}, metadata)

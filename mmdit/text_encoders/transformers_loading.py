@@ -182,7 +182,12 @@ def _check(tokenizer: Any, encoder: Any, report: dict, source: str) -> None:
 def most_tokens(tokenizer: Any, encoder: Any) -> int | None:
     """Return how many tokens the encoder has places for; None: positions are relative."""
     places = getattr(encoder.config, "max_position_embeddings", None)
-    return None if places is None else min(places, tokenizer.model_max_length)
+    if places is None:
+        return None
+    for name, part in encoder.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            places = part.num_embeddings - part.padding_idx - 1  # RoBERTa counts on from padding
+    return min(places, tokenizer.model_max_length)
 
 
 @contextmanager

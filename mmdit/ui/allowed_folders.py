@@ -13,6 +13,7 @@ from typing import Any
 
 from mmdit.config import FilePath, parse_yaml
 from mmdit.data.dataset import records
+from mmdit.data.dataset.inputs import NAMES
 from mmdit.experiment.config_keys import options, sections
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.files import expanded, open_regular, real_path
@@ -36,8 +37,8 @@ class AllowedFolders:
         path = expanded(text)
         real = real_path(path)
         if any(real.is_relative_to(folder) for folder in self.folders):
-            if real.suffix == ".jsonl" and os.path.isfile(real):
-                self.check_records(real, what)
+            for metadata in metadata_at(real):
+                self.check_records(metadata, what)
             return path
         shipped = shipped_path(path)
         if shipped and ".." not in path.parts and find(path).resolve() == shipped.resolve():
@@ -85,6 +86,18 @@ class AllowedFolders:
         for name, held in named_texts(key.rpartition(".")[2], value):
             if name in PATH_KEYS and may_be_path(held):
                 self.check(held, key)
+
+
+def metadata_at(path: Path) -> list[Path]:
+    """Return the files of records that a command may read where it is given a path: the file
+    itself, whatever its suffix, or those in a folder that are read by their names."""
+    if os.path.isdir(path):
+        return sorted(file for name in NAMES.values() for file in path.glob(f"*_{name}.jsonl"))
+    if not os.path.isfile(path):
+        return []
+    with open_regular(path) as file:
+        begins = file.read(1 << 12).lstrip(records.BLANK)
+    return [path] if path.suffix == ".jsonl" or begins.startswith(b"{") else []
 
 
 def named_files(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -232,6 +232,20 @@ def test_scores_of_other_weights_are_left_out(shop, tmp_path, capsys):
     assert "## Scores" not in text and "step 2 of 3" in text
 
 
+def test_scores_of_another_run_that_lie_beside_it_are_left_out(shop, tmp_path, capsys):
+    """A baseline of as many steps, say; or the run itself, before it was trained anew."""
+    run, mine = shop.folder / "runs/base", "scores.json"
+    other = shop.train("other", "train.sample_every_steps=0")
+    assert "## Scores" in write(run, tmp_path / "a.safetensors")
+    (other / mine).write_bytes((run / mine).read_bytes())
+    text = write(other, tmp_path / "b.safetensors")
+    assert "## Scores" not in text and "another run or step" in capsys.readouterr().out
+    report = json.loads((run / mine).read_text())
+    del report["checkpoint_crc32"]  # of an older version
+    (other / mine).write_text(json.dumps(report))
+    assert "## Scores" in write(other, tmp_path / "c.safetensors")
+
+
 def test_scores_are_shown_with_what_they_rest_on():
     rate = {"value": 0.5, "low": 0.25, "high": 0.75, "correct": 4, "count": 8}
     kernel = {"value": 0.000191937, "deviation": 7e-5, "subsets": 100}

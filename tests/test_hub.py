@@ -280,6 +280,26 @@ def test_a_revision_is_pinned_and_files_here_are_not_replaced_unasked(hub, tmp_p
     refused(capsys, pull.main, ["me/x", "--out", tmp_path / "link"], "is a link")
 
 
+def test_weights_of_another_revision_are_named_and_are_no_part_of_what_came(hub, tmp_path, capsys):
+    """An index that stays has shards that stay read in place of the one file of a newer commit."""
+    lora = tmp_path / "lora.safetensors"
+    save_file({"blocks.0.q.lora_A.weight": torch.zeros(1)}, lora)
+    shards = ["w-00001-of-00002.safetensors", "w-00002-of-00002.safetensors"]
+    repository = hub.public("me/x", dict.fromkeys([*shards, "w.safetensors.index.json"], b"{}"))
+    repository.commits[repository.head] = {"w.safetensors": lora.read_bytes(), "a.json": b"{}"}
+    for name in (*shards, "w.safetensors.index.json", "mine.json"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(lora.read_bytes())
+    assert pull.main(["me/x", "--out", str(tmp_path / "x")]) == 0
+    said = capsys.readouterr().out
+    assert f"3 files of weights there are not of this commit: {', '.join(shards)}, w.saf" in said
+    assert "mine.json" not in said and "next: mmdit sample" in said
+    commands = said[said.index("next:") :]
+    assert "x/w.safetensors" in commands and shards[0] not in commands
+    assert pull.main(["me/x", "--out", str(tmp_path / "y")]) == 0
+    assert "not of this commit" not in capsys.readouterr().out
+
+
 def test_what_stands_in_the_way_is_named_and_nothing_is_fetched(hub, tmp_path, capsys):
     hub.public("me/x", {"a.txt": b"x", "b.txt/c.json": b"{}"})
     (tmp_path / "one/a.txt").mkdir(parents=True)

@@ -9,12 +9,13 @@ from mmdit.commands.card_text import table
 from mmdit.commands.exported import Exported
 from mmdit.foreign import read_json
 from mmdit.privacy import is_local, last_part, without_paths
+from mmdit.training.checkpoint import identity
 from mmdit.training.run_folder import modified
 
 LARGEST_REPORT, MOST_SCORES = 1 << 20, 60
 # What a report of `mmdit evaluate` says beside its scores.
 ABOUT = {"settings", "checkpoint", "step", "raw_weights", "parameters", "machine", "memory_gb"}
-ABOUT |= {"seconds", "attributes", "held_out_attributes"}
+ABOUT |= {"checkpoint_crc32", "seconds", "attributes", "held_out_attributes"}
 
 
 def score_tables(run: Path, exported: Exported) -> tuple[list[str], list[str]]:
@@ -33,8 +34,8 @@ def score_tables(run: Path, exported: Exported) -> tuple[list[str], list[str]]:
             tables.append(_table(path.name, report))
         else:
             notes.append(
-                f"the scores in {path} are of other weights (another step, or --raw_weights) and"
-                " are left out: evaluate anew"
+                f"the scores in {path} are of other weights (another run or step, or --raw_weights)"
+                " and are left out: evaluate anew"
             )
     return tables, notes
 
@@ -44,7 +45,10 @@ def _is_about(report: dict, path: Path, exported: Exported) -> bool:
         return False
     if "step" not in report:  # of an older version
         return modified(path) >= modified(exported.checkpoint / "checkpoint.json")
-    return report["step"] == exported.step and bool(report.get("raw_weights")) == exported.raw
+    crc = report.get("checkpoint_crc32")  # the run, of which a baseline may lie beside it
+    same = crc is None or crc == identity(exported.checkpoint)
+    alike = report["step"] == exported.step and bool(report.get("raw_weights")) == exported.raw
+    return same and alike
 
 
 def _table(name: str, report: dict) -> str:

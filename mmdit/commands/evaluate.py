@@ -18,6 +18,7 @@ from mmdit.diagnostics.task_accuracy import score_variant
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import Loader
 from mmdit.posttrain.prompt_lists import read_prompt_list
+from mmdit.training.checkpoint import identity
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.memory.host import keep_freed_memory
 from mmdit.training.memory.sampling_offload import offload_pipeline
@@ -132,4 +133,10 @@ class Scorer:
             known=self.known,
         )
         self.known = report
-        return report | {"checkpoint": str(path), "raw_weights": not self.loader.use_ema}, drawn
+        source = pipeline.checkpoint
+        origin = {
+            "checkpoint": str(path),
+            "checkpoint_crc32": identity(source) if source else None,
+            "raw_weights": not self.loader.use_ema,
+        }
+        return report | origin, drawn

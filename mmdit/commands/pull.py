@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,8 +21,10 @@ from mmdit.files import flush_to_disk, lock, refuse_link, remove
 from mmdit.foreign import read_json
 from mmdit.terminal import shown
 from mmdit.training.samples import check_writable
+from mmdit.weights import INDEX
 
 PART = ".pulling-{}.part"  # a file on its way, by its check sum
+WEIGHTS = (".safetensors", INDEX)
 SHOWN = 8
 PIECE = 1 << 22
 
@@ -72,6 +74,14 @@ class Pull:
             yield f"  {kept} files were there already"
         for part in self.out.glob(PART.format("*")):  # of other commits
             remove(part)
+
+    def others(self) -> list[str]:
+        """Return the weights, and indices of them, that lie where those of this commit do and are
+        not of it: of another revision, or of somebody else."""
+        folders = {(self.out / name).parent for name in self.files if name.endswith(WEIGHTS)}
+        there = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
+        names = [path.relative_to(self.out).as_posix() for path in there]
+        return sorted(name for name in names if name.endswith(WEIGHTS) and name not in self.files)
 
     def _fetch(self, name: str) -> None:
         """Fetch one file, from where an earlier call was interrupted. It bears its name when it is
@@ -173,8 +183,8 @@ def _recognised(path: Path) -> Exported | None:
     return Exported(path, "lora", {}, None, None, 0, is_lora=True) if lora else None
 
 
-def uses_of(out: Path) -> list[str]:
-    """Return commands that use what was fetched into a folder."""
+def uses_of(out: Path, others: Container[str] = ()) -> list[str]:
+    """Return commands that use what was fetched into a folder, where `others` lay."""
     card, base = out / "README.md", ""
     if card.is_file():
         with contextlib.suppress(ValueError):  # a card of others, which says nothing then
@@ -182,7 +192,8 @@ def uses_of(out: Path) -> list[str]:
             stated = front_matter(text).get("base_model")
             base = stated if isinstance(stated, str) else ""
     lines: list[str] = []
-    for path in [out, *sorted(out.glob("*.safetensors"))]:
+    fetched = [path for path in sorted(out.glob("*.safetensors")) if path.name not in others]
+    for path in [out, *fetched]:
         what = recognise(path)
         if what is not None:
             lines += commands_for(what, base, "a prompt", str(path))
@@ -206,4 +217,10 @@ def pull(repository: str, out: Path | None, revision: str, replace: bool) -> Ite
         names = ", ".join(wanted.left_out[:SHOWN])
         yield f"  left out, for mmdit does not read them: {names}"
     yield from wanted.fetch(replace)
-    yield from (f"next: {line}" for line in uses_of(out))
+    if others := wanted.others():
+        yield (
+            f"  {len(others)} files of weights there are not of this commit:"
+            f" {', '.join(map(shown, others[:SHOWN]))}; they may be read in place of, or beside, what"
+            " came: remove them, or choose another --out"
+        )
+    yield from (f"next: {line}" for line in uses_of(out, others))

@@ -104,8 +104,10 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
             )
         for key, value in layer.adapter_parameters().items():
             value.copy_(made.adapter_parameters()[key])
-        wanted = layer.alpha
-        set_alpha(layer, wanted * made.scale / layer.scale)
+        wanted, ratio = layer.alpha, made.scale / layer.scale
+        if ratio < 0:  # a file may count against its factors, an alpha here may not
+            layer.outer.neg_()
+        set_alpha(layer, wanted * abs(ratio))
         set_alpha(layer, wanted, preserve=True)
 
 

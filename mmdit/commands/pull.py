@@ -220,7 +220,7 @@ def pull(repository: str, out: Path | None, revision: str, replace: bool) -> Ite
     if others := wanted.others():
         yield (
             f"  {len(others)} files of weights there are not of this commit:"
-            f" {', '.join(map(shown, others[:SHOWN]))}; they may be read in place of, or beside, what"
-            " came: remove them, or choose another --out"
+            f" {', '.join(map(shown, others[:SHOWN]))}; they may be read in place of what came, or"
+            " beside it: remove them, or choose another --out"
         )
     yield from (f"next: {line}" for line in uses_of(out, others))

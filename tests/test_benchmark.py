@@ -75,6 +75,7 @@ def test_each_part_gives_its_figures(tmp_path, capsys):
     assert all(row["items_per_s"] > 0 for row in loader)
 
 
+@pytest.mark.thorough
 def test_training_and_sampling_are_measured_and_told_by_family(capsys):
     assert benchmark.main(["--parts", "train", "sample", "--profile", "--steps", "2", *TINY]) == 0
     train, profile, sample = (

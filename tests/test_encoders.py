@@ -80,6 +80,7 @@ def inception_files(tmp_path_factory):
     return files
 
 
+@pytest.mark.thorough
 def test_the_network_of_torchvision_is_computed_alike(inception_files):
     models = pytest.importorskip("torchvision.models")
     known = models.inception_v3(weights=None, init_weights=False, aux_logits=False)

@@ -392,10 +392,10 @@ def case(name, tmp_path, *words):
 
 CASES = [
     ("wan", "model.checkpointing=true"),
-    ("wan", "model.dtype=nf4"),
     ("mmdit",),
 ]
 MORE_CASES = [
+    ("wan", "model.dtype=nf4"),
     ("wan",),
     ("wan", "model.dtype=float8"),
     ("wan", "model.dtype=float32"),

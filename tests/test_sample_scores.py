@@ -295,6 +295,7 @@ def test_the_distance_of_pixels_is_their_root_mean_square():
     torch.testing.assert_close(shown[0, :, 0, 0, 0], torch.tensor([0, 0.5, 1]))
 
 
+@pytest.mark.thorough
 def test_clips_are_compared_with_the_scores_of_their_frames(tmp_path, clip_folder):
     torch.manual_seed(0)
     for name in ("real", "samples"):

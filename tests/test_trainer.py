@@ -524,6 +524,7 @@ def test_compiled_blocks_serve_captions_of_any_length_with_few_graphs(opaque_ein
     assert 1 <= counter.frame_count <= 2  # a kind of graph, not one for each length
 
 
+@pytest.mark.thorough
 def test_the_first_block_is_compiled_with_the_others(opaque_einops):
     """One graph for each pattern: the blocks get inputs of the same kinds, sizes and strides."""
     counter, limit = CompileCounter(), torch._dynamo.config.recompile_limit

@@ -117,6 +117,26 @@ _NUMBER = re.compile(
     r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII
 )  # YAML 1.1 reads 1e-4 as a string; people mean a number
 
+
+def holds_half_a_pair(text: str) -> bool:
+    """Return whether a text holds half a surrogate pair, which is no character."""
+    return not text.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in text)
+
+
+def joined_pairs(text: str) -> str:
+    """Return a text whose surrogate pairs, as JSON writes a letter beyond 16 bits and YAML reads
+    two, are letters. ValueError: it holds half of one."""
+    if not holds_half_a_pair(text):
+        return text
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{shortened(ascii(text), 80)} holds half a surrogate pair, which is no character: the"
+            " text was cut within one; remove it"
+        ) from None
+
+
 SCALARS = ("str", "int", "float", "bool", "null")
 TAGS = {yaml.MappingNode: ("map",), yaml.SequenceNode: ("seq",), yaml.ScalarNode: SCALARS}
 _OCTAL = re.compile(r"[-+]?0[\d_]+")
@@ -125,6 +145,8 @@ _OCTAL = re.compile(r"[-+]?0[\d_]+")
 def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
     """Return the mapping in `text` and the line of every dotted path. Safe: no tags are
     constructed, size and aliases are bounded."""
+    if holds_half_a_pair(text):
+        raise ConfigError("", f"{name} is not UTF-8 text: {shortened(ascii(text), 200)}")
     if len(text.encode()) > MAX_BYTES:
         raise ConfigError(
             "", f"{name} is larger than {MAX_BYTES} bytes; a config is a page of text"
@@ -170,7 +192,12 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
             return [build(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value)]
         if tag == "str":
             plain = node.style is None
-            return float(node.value) if plain and _NUMBER.fullmatch(node.value) else node.value
+            if plain and _NUMBER.fullmatch(node.value):
+                return float(node.value)
+            try:
+                return joined_pairs(node.value)
+            except ValueError as error:
+                raise ConfigError(path, f"{name}:{line}: {error}") from None
         if tag in ("int", "float") and (":" in node.value or len(node.value) > MAX_DIGITS):
             raise ConfigError(
                 path,

@@ -159,6 +159,23 @@ def test_an_override_loses_nothing_to_a_comment(text):
         assert "#" in str(apply_overrides({}, [f"name={kept}"])["name"])
 
 
+def test_letters_are_whole(tmp_path):
+    """JSON, which is YAML, writes an emoji as two halves; a text that was cut may end in one."""
+    path = write(tmp_path, 'name: "a \\ud83d\\ude00 é"\nshape: {type: square, side: 1}')
+    assert load(Root, path).name == "a 😀 é"
+    path.write_text('shape: {type: square, side: 1}\nname: "a \\ud83d"')
+    with pytest.raises(ConfigError, match=r":2: 'a \\ud83d' holds half a surrogate pair"):
+        load(Root, path)
+    with pytest.raises(ConfigError, match="override 'name=caf.udce9' is not UTF-8 text"):
+        apply_overrides({}, ["name=caf\udce9"])  # of a shell in another encoding
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "two\nlines", "red\x1b[31m", "a\x7f"])
+def test_the_name_of_a_run_is_that_of_a_folder_and_can_be_printed(name):
+    with pytest.raises(ConfigError, match="experiment_name: is .* must be a folder name"):
+        decode(ExperimentConfig, {"experiment_name": name})
+
+
 def test_a_number_that_begins_with_zeros_is_not_taken_to_another_base(tmp_path):
     with pytest.raises(ConfigError, match=r":2: 010 begins with 0, .* base of 8"):
         load(Root, write(tmp_path, "name: x\nshape: {type: square, side: 010}"))

@@ -276,7 +276,7 @@ def test_prompts_that_are_no_text_are_refused_before_anything_is_drawn(
     half = {
         "p.jsonl": ('{"prompt": "a \\ud83d"}', "p.jsonl:1: prompt: holds half a surrogate pair"),
         "q.jsonl": ('\n{"prompt": "a", "negative": "\\ud83d"}', "q.jsonl:2: negative: holds half"),
-        "p.yaml": ('prompts:\n- "a \\ud83d"', "p.yaml:2: prompt: holds half"),
+        "p.yaml": ('prompts:\n- "a \\ud83d"', "p.yaml:2: 'a \\ud83d' holds half"),
         "p.json": ('[{"caption": "a \\ud83d"}]', "prompt 0 holds half"),
     }
     for name, (text, told) in half.items():

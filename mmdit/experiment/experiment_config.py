@@ -83,9 +83,11 @@ class ExperimentConfig:
 
     def __post_init__(self):
         name = self.experiment_name
-        if Path(name).name != name or name in ("", "..") or "\0" in name:
+        unseen = any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
+        if Path(name).name != name or name in ("", "..") or unseen:
             raise ConfigError(
-                "experiment_name", f"is {name!r}, must be a folder name without separators"
+                "experiment_name",
+                f"is {name!r}, must be a folder name without separators and control characters",
             )
         check_sections(self)
         if self.num_workers < 0:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdit.config import ConfigError, parse_yaml
-from mmdit.data.dataset.records import holds_half_a_pair
+from mmdit.config import ConfigError, holds_half_a_pair, parse_yaml
 from mmdit.foreign import explain_errors
 
 

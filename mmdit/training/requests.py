@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mmdit.config import ConfigError, decode, least, most
-from mmdit.data.dataset.records import JSON, holds_half_a_pair
+from mmdit.config import ConfigError, decode, holds_half_a_pair, least, most
+from mmdit.data.dataset.records import JSON
 from mmdit.training.pipeline import SampleSettings
 
 MOST_PIXELS = 1 << 16  # of a side that is drawn, and frames

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from mmdit.config import shortened
+from mmdit.config import holds_half_a_pair, shortened
 from mmdit.data.dataset.members import Member, VideoSpan
 from mmdit.files import lines_of, regular_file
 
@@ -92,11 +92,6 @@ def check_id(id: object) -> str:
                 " digits, '_' or '-'"
             )
     return id
-
-
-def holds_half_a_pair(text: str) -> bool:
-    """Return whether a text holds half a surrogate pair, which is no character."""
-    return not text.isascii() and any(0xD800 <= ord(letter) < 0xE000 for letter in text)
 
 
 def _no_constant(word: str) -> float:

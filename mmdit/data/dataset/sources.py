@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mmdit.config import holds_half_a_pair
 from mmdit.data.dataset.frames import list_frames
 from mmdit.data.dataset.pictures import SUFFIXES
 from mmdit.data.dataset.records import (
@@ -31,7 +32,6 @@ from mmdit.data.dataset.records import (
     captions_of,
     check_id,
     decoded_object,
-    holds_half_a_pair,
     text_captions,
 )
 from mmdit.data.dataset.stamps import compare_stamp, stamp_of

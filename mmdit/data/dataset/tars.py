@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 
+from mmdit.config import holds_half_a_pair
 from mmdit.data.dataset.members import Archive, Sample, TarMember, Unreadable
 from mmdit.data.dataset.pictures import SUFFIXES
 from mmdit.data.dataset.problems import Unusable
@@ -25,7 +26,6 @@ from mmdit.data.dataset.records import (
     Media,
     captions_of,
     decoded_object,
-    holds_half_a_pair,
     text_captions,
 )
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES

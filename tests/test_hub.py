@@ -386,6 +386,19 @@ def test_what_was_fetched_is_known_again(tmp_path):
     assert f"train.init_from='{tmp_path}/a b.safetensors'" in second
     (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
     assert uses_of(tmp_path)[0].endswith(f"model.name_or_path={tmp_path}")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "transformer/config.json")
+    drawn, trained = uses_of(tmp_path)  # a whole release, in the layout of Diffusers
+    assert drawn.startswith(f"mmdit sample --checkpoint {tmp_path} --prompts 'a prompt'")
+    assert trained.endswith(f"model.name_or_path={tmp_path}")
+    (tmp_path / "adapter_config.json").write_text("{}")  # its weights were left out: a pickle
+    assert uses_of(tmp_path) == [drawn, trained]
+    row = {"_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16}
+    (tmp_path / "transformer/config.json").write_text(json.dumps(row))
+    assert "'a prompt' --image first.png --out samples" in uses_of(tmp_path)[0]
+    (tmp_path / "transformer/config.json").write_text(json.dumps(row | {"in_channels": []}))
+    assert len(uses_of(tmp_path)) == 2
+    (tmp_path / "transformer/config.json").unlink()
     (tmp_path / "config.json").write_text("[" * 100_000)
     weights_that_say(tmp_path / "c.safetensors", {"model": 7, "tokenizer": {"name_or_path": []}})
     (tmp_path / "d.safetensors").write_bytes(b"broken")

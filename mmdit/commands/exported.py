@@ -16,10 +16,10 @@ PICTURES = {"first": " --image first.png", "first_last": " --image first.png --i
 
 @dataclass(frozen=True)
 class Exported:
-    """Says what was written to `out`. `form`: `mmdit` for our own file, a format of LoRA, a layout.
-    `config`: of its run, as plain data; `checkpoint` and `step`: what it was read from, None for a
-    release; `raw`: the last weights, not their average; `is_pair`: adapters of two experts;
-    `command`: what was typed."""
+    """Says what was written to `out`, or fetched. `form`: `mmdit` for our own file, a format of
+    LoRA, a layout, or `release` of a whole Wan. `config`: of its run, as plain data; `checkpoint`
+    and `step`: what it was read from, None for a release; `raw`: the last weights, not their
+    average; `is_pair`: adapters of two experts; `command`: what was typed."""
 
     out: Path
     form: str
@@ -55,7 +55,10 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
         if _value(exported.config, "model.type") in ("", "wan"):  # ours goes on from a run alone
             lines.append(f"{train} train.init_from={name} lora.enabled=true")
         return lines
-    return [f"{train} model.name_or_path={name}"]
+    lines = [f"{train} model.name_or_path={name}"]
+    if exported.form == "release":
+        lines.insert(0, f"mmdit sample --checkpoint {name} --prompts {asked} --out samples")
+    return lines
 
 
 def needed_places(config: dict) -> list[str]:

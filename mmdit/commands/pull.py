@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -162,17 +163,17 @@ def recognise(path: Path) -> Exported | None:
     used by itself, or that can be read."""
     try:
         return _recognised(path)
-    except (SafetensorError, ValueError, OSError, AttributeError, RecursionError):
+    except (SafetensorError, ValueError, OSError, AttributeError, TypeError, RecursionError):
         return None
 
 
 def _recognised(path: Path) -> Exported | None:
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():
+        if (path / "adapter_config.json").is_file() and any(path.glob("adapter_model.*")):
             return Exported(path, "peft", {}, None, None, 0, is_lora=True)
-        name = read_json(path / "config.json", "config of a network").get("_class_name")
-        known = name in ("WanModel", "WanTransformer3DModel")
-        return Exported(path, "official", {}, None, None, 0) if known else None
+        if (path / "transformer/config.json").is_file():
+            return _transformer(path, path / "transformer/config.json", "release")
+        return _transformer(path, path / "config.json", "official")
     with safe_open(path, "pt") as stored:
         said, names = (stored.metadata() or {}).get("mmdit"), list(stored.keys())
     if said is not None:
@@ -181,6 +182,18 @@ def _recognised(path: Path) -> Exported | None:
         return Exported(path, "mmdit", sections, None, None, 0)
     lora = any("lora" in name or "lokr" in name for name in names)
     return Exported(path, "lora", {}, None, None, 0, is_lora=True) if lora else None
+
+
+def _transformer(path: Path, config: Path, form: str) -> Exported | None:
+    """Return what the folder `path` is by the config of its transformer; None: it is none of Wan's.
+    ValueError: it cannot be read."""
+    row = read_json(config, "config of a network")
+    if row.get("_class_name") not in ("WanModel", "WanTransformer3DModel"):
+        return None
+    picture = ""
+    if row.get("in_channels", 0) > row.get("out_channels", math.inf):
+        picture = "first_last" if row.get("pos_embed_seq_len") else "first"
+    return Exported(path, form, {"tokenizer": {"picture": picture}}, None, None, 0)
 
 
 def uses_of(out: Path, others: Container[str] = ()) -> list[str]:

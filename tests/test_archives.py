@@ -622,6 +622,30 @@ def test_captions_may_be_texts_or_lists_in_rows_and_in_json(tmp_path, texts, wan
         assert [record.caption, *record.facts.get("captions", [])[1:]] == wanted
 
 
+def test_a_text_that_is_not_utf8_costs_its_row(tmp_path):
+    """Parquet does not look at texts; nor is such a row counted as one without a caption."""
+    arrow = pytest.importorskip("pyarrow")
+    texts = arrow.array([b"red", b"caf\xe9", b"", b"\xed\xa0\xbd", b"blue"]).view(arrow.string())
+    table = arrow.table({"image": [picture(number) for number in range(5)], "caption": texts})
+    report = cache_of(write_parquet(tmp_path / "a.parquet", table), tmp_path / "cache")
+    assert open_cache(tmp_path / "cache").captions == ["red", "", "blue"]
+    reason = "its caption cannot be read: a text in its row is not UTF-8"
+    assert reasons(report) == {"a_000001": reason, "a_000003": reason}
+    assert report.empty_captions == 1
+
+
+def test_columns_of_views_are_texts_and_pictures(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    if not hasattr(arrow, "string_view"):
+        pytest.skip("this version of pyarrow has no views")
+    pictures = arrow.array([picture(0)], arrow.binary_view())
+    texts = arrow.array(["a cat"], arrow.string_view())
+    table = arrow.table({"image": pictures, "caption": texts, "note": texts})
+    (record,) = read_input(write_parquet(tmp_path / "a.parquet", table), "image")
+    assert (record.caption, record.facts) == ("a cat", {"note": "a cat"})
+    assert record.source.open_binary().read() == picture(0)
+
+
 def test_numbers_that_no_json_has_become_nothing_among_the_facts_of_a_row(tmp_path):
     """They could not be stored beside the latents, nor in an index."""
     numbers = (0.5, float("nan"), float("inf"))

@@ -100,7 +100,6 @@ class Caching:
         )
         self.report = CacheReport(
             len(mine),
-            empty_captions=sum(not record.caption for record in mine),
             older=CacheManifest.read(self.out_dir).older(self.out_dir),
             other_rates=other_rates(mine, self.video.fps) if self.media == "video" else "",
             damaged=self.writer.damaged,
@@ -118,6 +117,9 @@ class Caching:
             self.saver.close()
             self.writer.close()
             self._list_skipped()
+            skipped = {skip.id for skip in self.report.skipped}
+            empty = [record for record in mine if not record.caption and record.id not in skipped]
+            self.report.empty_captions = len(empty)
         if self.world == 1:
             self._describe_cache()
         if mine and not self.writer.entries and not self.report.interrupted:

@@ -132,7 +132,8 @@ def _leaf(field: Any) -> str:
     from pyarrow import types
 
     def is_bytes(value_type: Any) -> bool:
-        return types.is_binary(value_type) or types.is_large_binary(value_type)
+        views = getattr(types, "is_binary_view", types.is_binary)  # newer than the oldest pyarrow
+        return any(of(value_type) for of in (types.is_binary, types.is_large_binary, views))
 
     if is_bytes(field.type):
         return field.name
@@ -155,7 +156,8 @@ def _is_text(value_type: Any) -> bool:
         value_type = value_type.value_type
     if types.is_dictionary(value_type):
         value_type = value_type.value_type
-    return types.is_string(value_type) or types.is_large_string(value_type)
+    views = getattr(types, "is_string_view", types.is_string)
+    return any(of(value_type) for of in (types.is_string, types.is_large_string, views))
 
 
 def _is_plain(value_type: Any) -> bool:
@@ -192,7 +194,7 @@ def parquet_samples(
             first = number
             parts = file.iter_batches(ROWS, row_groups=[group], columns=names, use_threads=False)
             for rows in parts:
-                for row in rows.to_pylist():
+                for row in _decoded(rows):
                     name = f"row {number}{named}"
                     place = ParquetRow(archive, name, group, number - first, columns.media)
                     yield _sample(place, row, columns, number)
@@ -205,9 +207,23 @@ def parquet_samples(
         yield Sample(f"{archive.stem}-{number}-end", rest)
 
 
+def _decoded(rows: Any) -> list[dict]:
+    """Return rows as Python objects; nothing of one whose text is not UTF-8, which Parquet does not
+    look at."""
+    try:
+        return rows.to_pylist()
+    except UnicodeDecodeError:
+        if len(rows) == 1:
+            return [{}]
+        return [row for place in range(len(rows)) for row in _decoded(rows.slice(place, 1))]
+
+
 def _sample(member: ParquetRow, row: dict, columns: Columns, number: int) -> Sample:
     key = row.get(columns.id)
     key = f"{member.archive.stem}_{number:06d}" if key in (None, "") else str(key)
+    if not row:
+        problem = Unusable("its caption cannot be read", "a text in its row is not UTF-8")
+        return Sample(key, Unreadable(member.archive, member.name, problem))
     facts = {}
     for name in columns.facts:
         value = row[name]

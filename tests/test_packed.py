@@ -137,6 +137,12 @@ def test_packing_again_writes_only_what_changed(cache):
     assert [path.name for path in out.glob("shard-*")] == ["shard-00000.safetensors"] and len(
         open_cache(out)
     ) == 25 - len(last)
+    path = cache / plain.columns.files[5]  # replaced by hand: the index does not know
+    item = torch.load(path)
+    item["latents"] += 1
+    torch.save(item, path)
+    assert packing.pack_cache(cache, out, 1 << 20)["written"] == 1
+    assert torch.equal(open_cache(out).load(5), item["latents"])
 
 
 def test_a_damaged_shard_or_index_is_named(cache):

@@ -111,7 +111,7 @@ def _pack(
     parts = [range(*pair) for pair in pairwise(_cuts(cache, shard_bytes, beside))]
     paths = [out / shard_name(number, suffix) for number in range(len(parts))]
     pairs = zip(paths, parts, strict=True)
-    stale = {path: part for path, part in pairs if not _is_current(path, _entries(cache, part))}
+    stale = {path: part for path, part in pairs if not _is_current(path, cache, part)}
     extra = set(shards_of(out)) - set(paths)
     if extra or stale:
         (out / INDEX).unlink(missing_ok=True)  # it would contradict the shards from here on
@@ -160,11 +160,17 @@ def _entries(cache: LatentCache, part: range) -> list[Entry]:
     return [cache.columns.entry(item) for item in part]
 
 
-def _is_current(path: Path, entries: list[Entry]) -> bool:
-    """Return whether the shard is there with these items, texts and check sums of the numbers."""
+def _is_current(path: Path, cache: LatentCache, part: range) -> bool:
+    """Return whether the shard is there with these items, texts and check sums of the numbers, and
+    none of their files was changed after it: of one that was replaced by hand the index still has
+    the check sum before."""
+    entries = _entries(cache, part)
     try:
-        stored = read_shard(path)
-    except Damaged:  # or not there
+        stored, written = read_shard(path), path.stat().st_mtime_ns
+        files = {cache.folder / entry.file for entry in entries}
+        if any(file.stat().st_mtime_ns > written for file in files):
+            return False
+    except (Damaged, OSError):  # or not there
         return False
     for entry in (*stored, *entries):
         entry.file, entry.bytes, entry.offset = "", 0, 0  # where an item lies decides nothing

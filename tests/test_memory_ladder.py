@@ -23,9 +23,11 @@ from mmdit.commands.plan_memory import ladder, memory_plan
 from mmdit.commands.plan_memory.ladder import (
     changed,
     clip_bytes,
+    fits,
     latent_shape,
     memory_options,
     plan_training,
+    plans_until_fit,
     variant_sizes,
 )
 from mmdit.commands.plan_memory.memory_plan import (
@@ -664,12 +666,34 @@ def test_savings_are_tried_one_after_another_until_one_fits(tmp_path, capsys, mo
     planned = lambda config, *_: MemoryPlan(10**9 * config.train.batch_size, 0, 0, 0, 0, 0)
     monkeypatch.setattr(ladder, "plan_training", planned)
     words = ["--config", str(Workshop(tmp_path).config), "train.batch_size=4"]
-    ends = {"5": "fits as configured", "1.2": "fits train.batch_size=1", "0.5": "does not fit"}
+    ends = {
+        "5": "fits as configured",
+        "4": "fits train.batch_size=2 train.grad_accum_steps=2",
+        "1.2": "fits train.batch_size=1 train.grad_accum_steps=4",
+        "0.5": "does not fit",
+    }
     for gpu_gb, end in ends.items():
         assert plan_memory.main([*words, "--gpu_gb", gpu_gb]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert end in lines[-1] and "4.000 GB  as configured" in lines[0]
     assert "model.checkpointing=true" in lines[-2], "everything was tried"
+
+
+def test_what_fits_has_the_largest_micro_batch_that_does(monkeypatch):
+    """With plans of 1 GB a sample, and 0.1 where blocks are recomputed."""
+
+    def planned(config, *_):
+        sample = 10**8 if config.model.checkpointing else 10**9
+        return MemoryPlan(sample * config.train.batch_size, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(ladder, "plan_training", planned)
+    config = tiny("train.batch_size=12", "train.grad_accum_steps=2")
+    for gpu_gb, batch, checkpointing in ((7, 6, False), (2, 1, False), (0.5, 4, True)):
+        words, plan = list(plans_until_fit(config, gpu_gb))[-1]
+        chosen = changed(config, words)
+        assert chosen.train.batch_size == batch and fits(plan, gpu_gb)
+        assert chosen.train.batch_size * chosen.train.grad_accum_steps == 24
+        assert chosen.model.checkpointing == checkpointing
 
 
 @pytest.mark.thorough

@@ -4,7 +4,7 @@ make it fit."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -27,6 +27,7 @@ from mmdit.text_encoders import HashConfig
 from mmdit.text_encoders.clip_vision import ClipVision, ClipVisionSizes
 from mmdit.text_encoders.huggingface import HuggingFaceConfig
 from mmdit.training.learner import Learner
+from mmdit.training.train_config import TrainConfig
 from mmdit.weights import Checkpoint
 
 # Of CLIP's ViT-H/14: the places of a picture, and the blocks that are run.
@@ -248,16 +249,47 @@ def plans_until_fit(
     sizes: WanConfig | None = None,
     words: int | None = None,
 ) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:
-    """Yield the overrides of `memory_options` with their plans, up to the first that `fits`;
-    `sizes` and `words` as `plan_training` takes them."""
+    """Yield the overrides of `memory_options` with their plans, up to the first that `fits`, which
+    comes with the largest micro-batch that does; `sizes` and `words` as `plan_training` takes
+    them."""
     if config.model.released and sizes is None:
         sizes = released_sizes(config.model, "high" if config.experts.enabled else None)
     blocks = sizes.num_layers if sizes else config.model.depth
+
+    def planned(changes: tuple[str, ...]) -> MemoryPlan:
+        return plan_training(changed(config, changes), sizes, words)
+
     for changes in memory_options(config, blocks):
-        plan = plan_training(changed(config, changes), sizes, words)
+        plan = planned(changes)
+        if changes and fits(plan, gpu_gb):
+            changes, plan = _largest_micro_batch(config.train, changes, plan, planned, gpu_gb)
         yield changes, plan
         if fits(plan, gpu_gb):
             return
+
+
+def _largest_micro_batch(
+    train: TrainConfig,
+    changes: tuple[str, ...],
+    plan: MemoryPlan,
+    planned: Callable[[tuple[str, ...]], MemoryPlan],
+    gpu_gb: float,
+) -> tuple[tuple[str, ...], MemoryPlan]:
+    """Return `changes`, which begin with a micro-batch of one sample, with the largest divisor of
+    the batch of `train` that `fits` in its place, and their plan. `plan`: that of one sample."""
+    batch, best = train.batch_size, (changes, plan)
+    sizes = [size for size in range(2, batch + 1) if batch % size == 0]
+    while sizes:  # a larger one takes more
+        middle = len(sizes) // 2
+        steps = batch // sizes[middle] * train.grad_accum_steps
+        shape = (f"train.batch_size={sizes[middle]}", f"train.grad_accum_steps={steps}")
+        larger = (*shape, *changes[2:])
+        plan = planned(larger)
+        if fits(plan, gpu_gb):
+            best, sizes = (larger, plan), sizes[middle + 1 :]
+        else:
+            sizes = sizes[:middle]
+    return best
 
 
 def fits(plan: MemoryPlan, gpu_gb: float) -> bool:

@@ -29,6 +29,7 @@ from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import kept_no_longer
+from mmdit.training.memory.assigning import assign
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.train_config import TrainConfig
 from tests.helpers.thorough import thorough
@@ -480,7 +481,7 @@ def test_adapters_end_to_end(shop, capsys):
     merged, config = load_pipeline(run, "cpu")
     assert not lora_state(merged.learner.model), "merged: plain layers"
     learner = build_learner(config, merged.learner.spec)
-    checkpoint.assign(learner.state_dict(), checkpoint.load_weights(run).tensors, "run")
+    assign(learner.state_dict(), checkpoint.load_weights(run).tensors, "run")
     unmerged = type(merged)(learner.eval(), merged.tokenizer)
     plain, _ = load_pipeline(run, "cpu", lora=False)
     original, _ = load_pipeline(base, "cpu")

@@ -23,6 +23,7 @@ from mmdit.training.ema import EMAConfig
 from mmdit.training.errors import RunError
 from mmdit.training.exporting import export
 from mmdit.training.learner import Learner
+from mmdit.training.memory.assigning import assign
 from mmdit.training.memory.shards import Stored
 from mmdit.training.optim import LearningRate
 from mmdit.training.parallel import shard
@@ -478,7 +479,7 @@ def test_weights_of_another_model_are_refused_with_names_and_shapes(tmp_path):
     )
     weights = checkpoint.load_weights(tmp_path)
     with pytest.raises(ValueError, match=r"of another shape.*\(16"):
-        checkpoint.assign(other.state_dict(), weights.tensors, "run")
+        assign(other.state_dict(), weights.tensors, "run")
     with pytest.raises(ValueError, match="cannot be read"):
         bad = tmp_path / "x.safetensors"
         bad.write_bytes(b"\x80\x04pickle")

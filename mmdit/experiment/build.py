@@ -31,6 +31,7 @@ from mmdit.training.continuing import check_same_latents, trained_before
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
 from mmdit.training.low_resolution import SmallClips
+from mmdit.training.memory.assigning import assign
 from mmdit.training.memory.shards import local, renamed
 from mmdit.training.starting import is_lora, one_expert, start_from_lora
 
@@ -214,7 +215,7 @@ def start_from(
     whole = not learner.sharded
     if config.parallel.type == "fsdp" and whole:  # else float32 would be rounded to a file's type
         unpack_weights(learner, tensors)
-    checkpoint.assign(
+    assign(
         learner.state_dict(),
         tensors,
         str(weights.source),

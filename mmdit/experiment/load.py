@@ -22,6 +22,7 @@ from mmdit.training.continuing import check_same_latents
 from mmdit.training.distributed import choose_device
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
+from mmdit.training.memory.assigning import assign
 from mmdit.training.memory.sampling_offload import Offload
 from mmdit.training.pipeline import Pipeline
 from mmdit.training.trust import asks_for, check_sizes, refuse_foreign_code, stay_offline
@@ -79,7 +80,7 @@ class Loader:
 
 def _put(weights: checkpoint.Weights, learner: Learner) -> None:
     """Give a learner the weights of a checkpoint. ValueError: they do not fit."""
-    checkpoint.assign(
+    assign(
         learner.state_dict(),
         weights.tensors,
         str(weights.source),

@@ -14,6 +14,7 @@ from mmdit.posttrain.setup import Files, Setup
 from mmdit.posttrain.stop_rules import StopRules
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
+from mmdit.training.memory.assigning import assign
 from mmdit.training.memory.shards import Stored
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import clip_and_guard
@@ -85,7 +86,7 @@ class Session(Setup):
             )
         lines = self.state.restore(folder)
         if self.config.keeps_old:
-            checkpoint.assign(self.policy.old, Stored(folder / "old.safetensors"), str(folder))
+            assign(self.policy.old, Stored(folder / "old.safetensors"), str(folder))
             self.policy.carry_over_old(checkpoint.Meta.read(folder).alphas)
         history = folder / f"{HISTORY_FILE}.safetensors"
         self.history = checkpoint.read_tensors(history) if history.is_file() else {}

@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -31,15 +31,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import mmdit
-from mmdit.adapters import is_adapter
 from mmdit.config import decode
 from mmdit.files import Sum, flush_to_disk, read_text, refuse_link, remove
 from mmdit.interfaces import LatentSpec
 from mmdit.shipped import find
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
-from mmdit.training.memory.shards import Chosen, Stored, is_sharded, local, own_rows, place, write
-from mmdit.weights import bytes_of, check_numbers, header_of
+from mmdit.training.memory.shards import Chosen, Stored, write
+from mmdit.weights import bytes_of, header_of
 
 _NAME = re.compile(r"step_(\d{8})")
 FORMAT = "mmdit-checkpoint-1"
@@ -447,58 +446,3 @@ def export_crc(text: str, tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         total.add(bytes_of(tensors[name]))
     return total.crc
-
-
-def assign(
-    current: dict[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    source: str,
-    fresh: Callable[[str], bool] = lambda name: False,
-) -> None:
-    """Copy `tensors` into `current` (a `state_dict()`, sharded or not), strictly: names and shapes
-    must agree, except those for which `fresh(name)` holds (adapters that start new). Of what lies
-    in files and is sharded here a process reads its part, and vouches for that alone. ValueError
-    lists what differs, or names a weight that is no finite number."""
-    if isinstance(tensors, (Stored, Chosen)):
-        stored = tensors.shapes
-    else:
-        stored = {name: tensor.shape for name, tensor in tensors.items()}
-    missing = [name for name in current if name not in tensors and not fresh(name)]
-    unexpected = [name for name in tensors if name not in current]
-    shapes = [
-        f"{n}: file {tuple(shape)}, model {tuple(current[n].shape)}"
-        for n, shape in stored.items()
-        if n in current and shape != current[n].shape
-    ]
-    if missing or unexpected or shapes:
-        problems = []
-        for label, names in (
-            ("of another shape", shapes),
-            ("missing in the file", missing),
-            ("unknown to the model", unexpected),
-        ):
-            if names:
-                more = " …" if len(names) > 3 else ""
-                problems.append(f"{len(names)} {label} ({'; '.join(names[:3])}{more})")
-        odd = [*missing, *unexpected, *(text.partition(":")[0] for text in shapes)]
-        adapted = [is_adapter(name) for name in odd]
-        sections = "model: and text_encoder: sections"
-        if all(adapted):
-            sections = "lora: section"
-        elif any(adapted):
-            sections = "model:, text_encoder: and lora: sections"
-        raise ValueError(
-            f"{source} does not fit this model: {', '.join(problems)}. Use the {sections} "
-            "of the run that wrote it"
-        )
-    with torch.no_grad():
-        for name in tensors:
-            like = current[name]
-            if is_sharded(like) and isinstance(tensors, (Stored, Chosen)):
-                value = mine = tensors.rows(name, *own_rows(like))
-            else:
-                value = tensors[name]
-                mine = local(place(value, like))
-            if like.is_floating_point():
-                check_numbers(name, value, source)
-            local(like).copy_(mine)

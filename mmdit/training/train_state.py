@@ -15,6 +15,7 @@ from mmdit.training.alpha.schedule import AlphaSchedule, AlphaScheduleConfig, ke
 from mmdit.training.alpha.signs import Signs
 from mmdit.training.ema import EMA, EMAConfig
 from mmdit.training.learner import Learner
+from mmdit.training.memory.assigning import assign
 from mmdit.training.memory.shards import Stored
 from mmdit.training.optim import (
     Optimizer,
@@ -102,7 +103,7 @@ class TrainState:
         """Take over the state of a checkpoint; return what to tell a person."""
         configured = alphas(self.learner.model)
         meta = checkpoint.Meta.read(folder)
-        checkpoint.assign(
+        assign(
             self.learner.state_dict(),
             Stored(folder / "model.safetensors"),
             str(folder),
@@ -119,7 +120,7 @@ class TrainState:
                     f"{folder} has no EMA weights but ema.enabled is true: set ema.enabled to false"
                     " as it was"
                 )
-            checkpoint.assign(self.ema.shadow, Stored(folder / "ema.safetensors"), str(folder))
+            assign(self.ema.shadow, Stored(folder / "ema.safetensors"), str(folder))
         if self.signs and (folder / "signs.safetensors").is_file():
             self.signs.restore(checkpoint.read_tensors(folder / "signs.safetensors"))
         self._restore_notes(folder)

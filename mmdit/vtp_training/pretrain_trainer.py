@@ -15,6 +15,7 @@ from mmdit.config import differences, encode
 from mmdit.interfaces import LatentSpec
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
+from mmdit.training.memory.assigning import assign
 from mmdit.training.optim import (
     LearningRate,
     build_optimizer,
@@ -57,7 +58,7 @@ class TokenizerTrainer:
         self.learner = TokenizerLearner(config).to(device)
         if config.init_from:
             start = VTPModel.from_pretrained(config.init_from).state_dict()
-            checkpoint.assign(
+            assign(
                 self.learner.model.state_dict(),
                 start,
                 config.init_from,
@@ -180,8 +181,8 @@ class TokenizerTrainer:
         def stored(name: str) -> dict[str, Tensor]:
             return checkpoint.read_tensors(folder / f"{name}.safetensors")
 
-        checkpoint.assign(self.learner.state_dict(), stored("model"), str(folder))
-        checkpoint.assign(self.ema.shadow, stored("ema"), str(folder))
+        assign(self.learner.state_dict(), stored("model"), str(folder))
+        assign(self.ema.shadow, stored("ema"), str(folder))
         load_optimizer_tensors(self.parts, self.optimizer, stored("optimizer"))
         if self.critic is not None and self.critic_optimizer is not None:
             load_optimizer_tensors(self.critic, self.critic_optimizer, stored("critic_optimizer"))

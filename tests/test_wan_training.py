@@ -700,8 +700,9 @@ def test_a_trained_transformer_leaves_in_both_layouts(shop, pair, tmp_path, caps
     assert load_file(tmp_path / "low.safetensors")
 
 
-def test_a_run_on_float8_leaves_merged_in_the_type_asked_for(shop, tmp_path):
-    """The adapted weights are float8 + the update, rounded once."""
+def test_a_run_on_float8_leaves_merged_in_the_type_asked_for(shop, tmp_path, capsys):
+    """The adapted weights are float8 + the update, rounded once; or those of the release, if asked
+    for."""
     run = shop.train("float8", LORA, "model.dtype=float8", "ema.enabled=false", "train.lr=0.1")
     for layout, words, kind in (
         ("official", [], "BF16"),
@@ -738,6 +739,15 @@ def test_a_run_on_float8_leaves_merged_in_the_type_asked_for(shop, tmp_path):
         if not torch.equal(exact[f"{name}.weight"], layer.weight.float())
     ]
     assert moved == list(adapters(model))
+    assert capsys.readouterr().out.count("its base is kept as float8 (model.dtype), and") == 2
+    words = ["--checkpoint", str(run), "--out", str(tmp_path / "x"), "--layout", "official"]
+    assert export.main([*words, "model.dtype=float32"]) == 0
+    assert "is kept as" not in capsys.readouterr().out
+    merged, release = (load_dit(path).state_dict() for path in (tmp_path / "x", shop.release))
+    for name, value in release.items():
+        layer = adapters(model).get(name.removesuffix(".weight"))
+        expected = value if layer is None else value + layer.delta()
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6)
     assert (
         export.main(
             [

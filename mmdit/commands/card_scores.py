@@ -9,7 +9,7 @@ from mmdit.commands.card_text import table
 from mmdit.commands.exported import Exported
 from mmdit.foreign import read_json
 from mmdit.privacy import is_local, last_part, without_paths
-from mmdit.training.checkpoint import identity
+from mmdit.training.origin import identity
 from mmdit.training.run_folder import modified
 
 LARGEST_REPORT, MOST_SCORES = 1 << 20, 60

@@ -18,10 +18,10 @@ from mmdit.diagnostics.task_accuracy import score_variant
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import Loader
 from mmdit.posttrain.prompt_lists import read_prompt_list
-from mmdit.training.checkpoint import identity
 from mmdit.training.expert_choice import describe_pair
 from mmdit.training.memory.host import keep_freed_memory
 from mmdit.training.memory.sampling_offload import offload_pipeline
+from mmdit.training.origin import identity
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
 Shown = list[tuple[Tensor, str]]  # samples for a sheet, with their captions

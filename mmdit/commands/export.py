@@ -17,6 +17,7 @@ from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan_weights import save_dit
+from mmdit.nn.encodings import ENCODINGS
 from mmdit.privacy import NEEDED, last_part, portable_config
 from mmdit.training.checkpoint import Meta, Weights, load_weights
 from mmdit.training.expert_choice import joint_choice
@@ -36,7 +37,7 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
             f"--out is {args.out}, a name for files of torch.save, but safetensors are written:"
             " end it in .safetensors"
         )
-    check_overrides(args.overrides)
+    check_overrides(args.overrides, bool(args.layout))
     write = _write_file
     if args.layout == "diffusers_pipeline":
         write = _write_pipeline
@@ -124,6 +125,11 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
         command=command,
     )
     lines = [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
+    if args.layout and config.model.dtype in ENCODINGS:
+        lines.append(
+            f"  its base is kept as {config.model.dtype} (model.dtype), and the written weights"
+            " have its errors: for the numbers of the release add model.dtype=bfloat16, or float32"
+        )
     if args.lora and not config.lora.train_lora_only:
         remedy = "--layout" if config.model.released else "--merge"
         lines.append(
@@ -133,14 +139,17 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
     return exported, lines
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raise ValueError for an override of what the weights decide."""
+def check_overrides(overrides: list[str], whole_wan: bool = False) -> None:
+    """Raise ValueError for an override of what the weights decide. `whole_wan`: how its base is
+    kept meanwhile may be chosen."""
     for word in overrides:
         key = word.partition("=")[0]
+        if key == "model.dtype" and whole_wan:
+            continue
         if not key.startswith("card.") and key not in NEEDED:
             raise ValueError(
-                f"{word}: an export takes card.… and the places {', '.join(NEEDED)}; the rest is as"
-                " it was trained"
+                f"{word}: an export takes card.… and the places {', '.join(NEEDED)}, with --layout"
+                " also model.dtype; the rest is as it was trained"
             )
 
 

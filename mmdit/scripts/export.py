@@ -61,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides",
         nargs="*",
-        help="card.license=mit and other card.… keys; tokenizer.name_or_path=… and the like",
+        help=(
+            "card.license=mit and other card.… keys; tokenizer.name_or_path=… and the like; with"
+            " --layout model.dtype=bfloat16, of a base that was kept in fewer bits"
+        ),
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():

@@ -275,18 +275,6 @@ def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
     return ""
 
 
-def identity(source: Path) -> int | None:
-    """Return the check sum by which the weights of a checkpoint folder or an export are known from
-    others; None if there is none, as of older versions and of other weights."""
-    if source.is_file():
-        crc = header_of(source).get("crc32")
-        return None if crc is None else int(crc)
-    try:
-        return json.loads(read_text(source / META)).get("crc32")
-    except (OSError, ValueError):
-        return None
-
-
 def _file_problem(path: Path, size: int, crc: int | None) -> str:
     if not path.is_file():
         return f"{path} is missing"

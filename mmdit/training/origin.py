@@ -1,5 +1,6 @@
 """Sums of what a resume reads again outside its run: frozen weights, the model that post-training
-began from, prompts. One stands in each checkpoint, and another one is refused."""
+began from, prompts. One stands in each checkpoint, and another one is refused. And the sum by which
+weights are known."""
 
 from __future__ import annotations
 
@@ -9,11 +10,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmdit.files import Sum
-from mmdit.training.checkpoint import Meta
+from mmdit.files import Sum, read_text
+from mmdit.training.checkpoint import META, Meta
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import whole
-from mmdit.weights import bytes_of
+from mmdit.weights import bytes_of, header_of
+
+
+def identity(source: Path) -> int | None:
+    """Return the check sum by which the weights of a checkpoint folder or an export are known from
+    others; None if there is none, as of older versions and of other weights."""
+    if source.is_file():
+        crc = header_of(source).get("crc32")
+        return None if crc is None else int(crc)
+    try:
+        return json.loads(read_text(source / META)).get("crc32")
+    except (OSError, ValueError):
+        return None
 
 
 def sum_of(states: Iterable[Mapping[str, Tensor]], *texts: object) -> int:

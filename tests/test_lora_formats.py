@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.adapters import LoRAConfig, adapters, inject, merge, remove
 from mmdit.interop.lora_formats import load_lora, read_lora, save_lora
+from mmdit.interop.lora_names import DIFFERENCES, PARTS
 from mmdit.interop.wan_weights import load_dit
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.models.wan import WanDiT
 from mmdit.models.wan_names import diffusers_name
 from mmdit.nn.experts import shared_copy
 from mmdit.nn.stored_weights import StoredWeight, store
+from mmdit.training.starting import is_lora
 from tests.test_wan import GOLDEN, INPUTS, META, TINY, VARIANTS, error, random_model, refused
 
 WANTED = load_file(GOLDEN / "lora_io.safetensors")["out.with_lora"]
@@ -131,6 +133,15 @@ def test_eight_dialects_mean_the_same(model, tmp_path):
         "no LoRA of the low-noise expert",
         call=lambda: read_lora(remove(model), keep_expert(two, 1), "low"),
     )
+
+
+def test_a_training_knows_a_lora_that_it_starts_from_by_every_name_that_is_read(tmp_path):
+    for end in PARTS:
+        save_file(
+            {f"transformer.blocks.0.attn1.to_q{end}": torch.ones(1)}, tmp_path / "x.safetensors"
+        )
+        whole = end in (".alpha", ".w_norm", ".b_norm", *DIFFERENCES)
+        assert is_lora(tmp_path / "x.safetensors") is not whole, end
 
 
 def keep_expert(file: Path, number: int) -> Path:

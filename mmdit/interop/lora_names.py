@@ -107,6 +107,7 @@ def _ends() -> dict[str, str]:
 
 
 PARTS = _ends()
+OF_ADAPTERS = tuple(end for end, part in PARTS.items() if part.startswith(("lora_", "lokr_")))
 NOT_READ = {  # what keys of other adapters have in them
     r"^lora_te\d?_|^(base_model\.model\.)?text_encoder.*lora": "LoRA of a text encoder",
     r"\.hada_[wt]\d": "LoHa",

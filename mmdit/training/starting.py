@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from mmdit.adapters import Adapter, adapters, is_adapter
 from mmdit.adapters.strength import set_alpha
 from mmdit.config import ConfigError
+from mmdit.interop.lora_names import OF_ADAPTERS
 from mmdit.interop.lora_reading import LoRAFile, read_lora
 from mmdit.training.checkpoint import Weights
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import renamed
-
-KEYS = re.compile(
-    r"[._](lora_(A|B|up|down)|lokr_w[12])(_[ab])?(\.|$)"
-)  # in names of adapters' tensors
 
 
 def is_lora(path: str | Path) -> bool:
@@ -36,7 +33,7 @@ def is_lora(path: str | Path) -> bool:
     try:
         with safe_open(path, "pt") as handle:
             ours = "mmdit" in (handle.metadata() or {})
-            return not ours and any(KEYS.search(name) for name in handle.keys())  # noqa: SIM118
+            return not ours and any(name.endswith(OF_ADAPTERS) for name in handle.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
 

@@ -318,6 +318,10 @@ def test_the_commands(tmp_path, capsys):
     assert (
         report["global_batch"] == 4 and report["repeated"]["places"] == 1 and "sheet" not in report
     )
+    held_out = ["--samples", "0", "train.val_every_steps=1", "train.val_share=0.5"]
+    assert inspect_cache.main([*words, *held_out]) == 0
+    said = capsys.readouterr().out
+    assert "3 items, " in said and "held out for validation: 2 items" in said
     refused(capsys, inspect_cache.main, [*words, "--sheet", "sheet.jpg"], "must end with .png")
     item = torch.load(tmp_path / "c/b.pt")
     item["latents"][0, 0, 0, 0] = torch.inf

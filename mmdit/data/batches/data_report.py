@@ -214,6 +214,8 @@ def report_text(report: dict) -> str:
             f"  {shown[name]}: {row['steps']} steps are {row['epochs']:g} epochs of"
             f" {row['steps_an_epoch']:g} steps"
         )
+    if report["held_out"]:
+        lines.append(f"held out for validation: {report['held_out']} items")
     frames, crops, captions = report["frames"], report["cropped"], report["captions"]
     lines.append("frames: {shortest} to {longest}, median {median}".format(**frames))
     if still := frames["not_moved_by_jitter"]:

@@ -22,6 +22,7 @@ from mmdit.experiment import config_keys
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.scripts import ui
 from mmdit.scripts.listing import commands
+from mmdit.shipped import find
 from mmdit.training.run_folder import text_of
 from mmdit.ui import job_files, job_runner
 from mmdit.ui.allowed_folders import PATH_KEYS, AllowedFolders
@@ -716,6 +717,36 @@ def test_a_page_stops_a_job_and_runs_it_again(store, tmp_path):
     wait(store, job, has("stopped"))
     assert send(client, "/job/00099/stop").status_code == 404
     assert client.get("/job/..%2f..").status_code == 404
+
+
+def test_a_job_has_the_configuration_that_it_was_started_with(store, tmp_path):
+    """Also where the file is edited or removed while the job waits, and when it is run again."""
+    client, config = browser(tmp_path / "runs"), tmp_path / "my config.yaml"
+    shutil.copy(find(CONFIG), config)
+    (tmp_path / "cache").mkdir()
+    fields = {"config": str(config), "train_cache_dir": str(tmp_path / "cache"), "device": "cpu"}
+    answer = send(client, "/new/train", **fields, **{"set:train.lr": "0.5"}, do="start")
+    job = store.read(answer.headers["location"].rpartition("/")[2])
+    config.unlink()
+    wait(store, job, lambda state: state.is_over)
+    new = store.read(send(client, f"/job/{job.id}/again").headers["location"].rpartition("/")[2])
+    wait(store, new, lambda state: state.is_over)
+    shutil.rmtree(store.path(job.id))
+    given, lr = new.words[1:3]
+    path = Path(given.removeprefix("--config="))
+    assert path == store.path(new.id) / "config-my config.yaml" and lr == "train.lr=0.5"
+    assert path.read_bytes() == find(CONFIG).read_bytes()
+
+
+def test_a_job_runs_where_it_was_made(store, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    code = "import os; print(os.getcwd())"
+    job, gone = start(store, code, cwd=str(other)), start(store, code, cwd=str(tmp_path / "gone"))
+    here = start(store, code)
+    assert wait(store, job, has("finished")) and f"{other}\n" in store.log(job.id)
+    assert wait(store, here, has("finished")) and f"{tmp_path}\n" in store.log(here.id)
+    assert "gone" in wait(store, gone, has("failed")).reason
 
 
 def test_a_training_is_continued_with_resume(store, tmp_path):

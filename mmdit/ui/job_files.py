@@ -41,7 +41,8 @@ SECRETS = ("MMDIT_UI_TOKEN",)
 class Job:
     """`words`: the command line behind `mmdit`. `device`: jobs that share one of these devices
     wait for each other, those of none for nothing. `run` and `out`: the folders that it fills, if
-    any. `processes`: more than one are started by torchrun."""
+    any. `processes`: more than one are started by torchrun. `cwd`: the working directory; None in
+    files of earlier versions."""
 
     id: str
     words: list[str]
@@ -50,6 +51,7 @@ class Job:
     run: str | None = None
     out: str | None = None
     processes: int = 1
+    cwd: str | None = None
 
     @property
     def devices(self) -> set[str]:
@@ -138,7 +140,10 @@ class JobStore:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if not (isinstance(read.words, list) and read.words):
             raise ValueError(f"{path} names no command")
-        texts = [*read.words, *(text for text in (read.device, read.run, read.out) if text)]
+        texts = [
+            *read.words,
+            *(text for text in (read.device, read.run, read.out, read.cwd) if text),
+        ]
         fine = all(isinstance(text, str) and "\0" not in text for text in texts)
         numbers = type(read.processes) is int and isinstance(read.created, int | float)
         if not (read.id == job and fine and numbers and 0 <= read.created < LATEST):
@@ -164,11 +169,13 @@ class JobStore:
         run: str | None = None,
         out: str | None = None,
         processes: int = 1,
+        cwd: str | None = None,
     ) -> Job:
         """Start the job that goes into the reserved folder `path`; it waits for earlier jobs of its
-        devices."""
-        job = Job(path.name, words, device, time.time(), run, out, processes)
-        write_atomically(path / "job.json", json.dumps(asdict(job), ensure_ascii=False, indent=1))
+        devices. `cwd`: by default the present working directory."""
+        cwd = cwd or os.getcwd()
+        job = Job(path.name, words, device, time.time(), run, out, processes, cwd)
+        write_atomically(path / "job.json", json.dumps(asdict(job), indent=1))
         environment = {name: os.environ[name] for name in os.environ if name not in SECRETS}
         with (path / "log.txt").open("ab") as log:
             subprocess.Popen(

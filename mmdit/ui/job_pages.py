@@ -135,7 +135,7 @@ class JobPages:
         """Return the name of the run that the job fills, as soon as this server shows it."""
         root = self.runs.resolve()
         if job.run and Path(job.run).is_relative_to(root) and is_run(Path(job.run)):
-            return Path(job.run).relative_to(root).as_posix()
+            return utf8(Path(job.run).relative_to(root).as_posix())
         return None
 
     def facts(self, request: Request) -> Response:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmdit.config import load
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import expanded, lines_of, real_path, write_atomically
+from mmdit.files import expanded, lines_of, read_bytes, real_path, write_atomically
 from mmdit.training.checkpoint import complete
 from mmdit.ui.allowed_folders import AllowedFolders
 from mmdit.ui.command_forms import Option, options_of, takes, words_of
@@ -33,6 +33,7 @@ BESIDE = {
     "evaluate-vtp": {"out": "report.json"},
     "plot-run": {"out": "curves.png"},
 }
+CONFIG_WORD = "--config="
 NEXT = "NUMBER"  # stands for the number of a job that is not there yet
 PROMPTS = "prompts.txt"
 PROCESSES, MOST_PROCESSES = "nproc_per_node", 1024  # of torchrun, on this machine
@@ -160,11 +161,17 @@ class JobRequest:
         """Return the command line behind `mmdit` of a job in `folder`."""
         words = [self.command]
         if self.has_config:
-            words += [f"--config={self.config_path}"]
+            words += [CONFIG_WORD + (str(self._copy(folder) or self.config_path))]
             words += overrides(self.config_path, self.base(), self.config())
         elif self.has_overrides:
             words += self._free_overrides()
         return words + words_of(self.options(), self._values(folder), self.place.allowed)
+
+    def _copy(self, folder: Path) -> Path | None:
+        """Return where a job in `folder` keeps its YAML file: who edits that while the job waits
+        means another one. None: it ships, and stays as it is."""
+        path = expanded(self.config_path)
+        return folder / f"config-{path.name}" if path.exists() else None
 
     def _free_overrides(self) -> list[str]:
         """Return the overrides of a config that is stored in a checkpoint, a line each."""
@@ -211,6 +218,9 @@ class JobRequest:
         device = self.place.device(self.parser, self.fields.get("device", ""), self.processes)
         folder = self.place.store.reserve()
         words = self.words(folder)
+        copy = self._copy(folder) if self.has_config else None
+        if copy:
+            write_atomically(copy, read_bytes(expanded(self.config_path)))
         prompts = self._prompts()
         if prompts:
             write_atomically(folder / PROMPTS, "\n".join(prompts) + "\n")
@@ -238,4 +248,10 @@ def again(place: Workplace, old: Job) -> Job:
     if takes(parser, "resume") and has_checkpoint and "--resume" not in words:
         words.append("--resume")
     folder = place.store.reserve()
-    return place.store.add(folder, words, old.device, old.run, old.out, old.processes)
+    for number, word in enumerate(words):
+        config = Path(word.removeprefix(CONFIG_WORD))
+        if word.startswith(CONFIG_WORD) and config.parent.name == old.id:
+            copy = real_path(folder) / config.name  # the old job may be removed
+            write_atomically(copy, read_bytes(place.store.path(old.id) / config.name))
+            words[number] = CONFIG_WORD + str(copy)
+    return place.store.add(folder, words, old.device, old.run, old.out, old.processes, old.cwd)

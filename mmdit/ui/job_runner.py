@@ -87,7 +87,14 @@ class Runner:
         with contextlib.suppress(OSError):  # a full disk
             print(f"$ {self.job.line}", flush=True)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        child = subprocess.Popen(self.job.argv, stdin=subprocess.DEVNULL, env=environment)
+        try:
+            child = subprocess.Popen(
+                self.job.argv, stdin=subprocess.DEVNULL, env=environment, cwd=self.job.cwd
+            )
+        except OSError as error:  # the working directory is gone
+            print(f"error: {error}", flush=True)
+            self.end(2)
+            return
         started, said = identity(child.pid), False
         self.note(child=started, started=time.time())
         while child.poll() is None:
@@ -96,7 +103,11 @@ class Runner:
                 terminate(started, self.job.processes > 1)
                 self.note(stop_asked=time.time())
             self.rest()
-        self.note(ended=time.time(), exit=child.returncode)
+        self.end(child.returncode)
+
+    def end(self, code: int) -> None:
+        """Write that the command ended with this exit code, when there is room."""
+        self.note(ended=time.time(), exit=code)
         while not self.is_noted:
             self.rest()
 

@@ -32,6 +32,7 @@ use_effective_conv2d
 CHECKED = {"init_lora_weights", "bias"}
 KNOWN = CHECKED.union(USED.split(), NEUTRAL.split())
 # values of init_lora_weights that leave the base as it is
+MOST_REPEATS = 4  # of parts in the pattern of a layer's name
 BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -106,6 +107,11 @@ class Settings:
         value = self.values.get(name)
         missing = value is None
         for key, special in patterns.items():
+            if _may_take_forever(str(key)):
+                raise ValueError(
+                    f"{self.source}: {pattern} has {key!r:.100}, which repeats a group or more than"
+                    f" {MOST_REPEATS} parts, and may compare forever; name the layers in full"
+                )
             try:
                 fits = re.match(rf"(.*\.)?({key})$", layer)
             except (re.error, RecursionError, OverflowError) as error:
@@ -125,6 +131,16 @@ class Settings:
                 f"{self.source}: {name} is {value!r:.100}, must be a {wanted} number other than 0"
             )
         return value
+
+
+def _may_take_forever(expression: str) -> bool:
+    """Return whether the time to compare a regular expression may grow beyond all measure with the
+    length of a name, as that of a repeated group does. Names and their common patterns do not."""
+    plain = re.sub(r"\\.", "", expression, flags=re.DOTALL)
+    if re.search(r"\(\?[a-zA-Z]|\)([*+]|\{[\d,]+\})", plain):  # flags, by which a space is nothing
+        return True
+    repeats = re.findall(r"([*+?]|\{[\d,]+\})[?+]?", plain.replace("(?", "("))
+    return len(repeats) > MOST_REPEATS
 
 
 def config_of(layers: dict[str, Adapter]) -> dict:

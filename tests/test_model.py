@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mmdit.config import ConfigError, decode, encode
 from mmdit.interfaces import TextTokens
 from mmdit.models import VideoMMDiT, VideoMMDiTConfig, build_model
+from mmdit.nn.conditioning import TimeEmbedding
 from mmdit.nn.position import rotary_tables, rotate
 from mmdit.training.optim import build_optimizer
 from tests.helpers.dense_video_mmdit import dense_forward
@@ -123,6 +124,18 @@ def test_samples_do_not_see_each_other_and_time_matters():
     alone = torch.cat([model(x[i : i + 1], TIMES[i : i + 1], text[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
     assert (model(x, TIMES + 1, text) - together).abs().max() > 1e-4
+
+
+def test_times_are_told_by_waves_from_two_pi_to_ten_thousand_times_as_long():
+    embedding = TimeEmbedding(8)
+    seen = []
+    embedding.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    t = torch.tensor([0.0, 1.0, 437.5, 1000.0])
+    embedding(t)
+    rates = 10_000 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    angles = t[:, None] * rates
+    expected = torch.cat([angles.cos(), angles.sin()], 1)
+    torch.testing.assert_close(seen[0], expected.float(), rtol=0, atol=1e-4)
 
 
 def test_the_order_of_frames_matters_and_without_a_position_in_time_it_does_not():

@@ -78,3 +78,11 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
     for p in matrices():
         spread = torch.linalg.svdvals(orthogonalize(p.detach()[None], 5)[0].float())
         assert spread.min() > 0.4 and spread.max() < 1.3
+
+
+def test_small_gradients_are_orthogonalized_like_large_ones_and_none_stays_none():
+    for p in matrices():
+        wanted = orthogonalize(p.detach()[None], 5)
+        small = orthogonalize(1e-5 * p.detach()[None], 5)
+        torch.testing.assert_close(small, wanted, rtol=0, atol=1e-4)
+        assert not orthogonalize(torch.zeros_like(p)[None], 5).any()

@@ -24,7 +24,7 @@ from mmdit.config import encode
 from mmdit.diagnostics.curves import NOT_ABOUT_THE_MODEL, PANELS, curves_svg, learning_curves
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.scripts import evaluate, export, sample, train_t2v
-from mmdit.training.checkpoint import load_weights
+from mmdit.training.checkpoint import latest, load_weights
 from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 
@@ -232,18 +232,18 @@ def test_scores_of_other_weights_are_left_out(shop, tmp_path, capsys):
     assert "## Scores" not in text and "step 2 of 3" in text
 
 
-def test_scores_of_another_run_that_lie_beside_it_are_left_out(shop, tmp_path, capsys):
+def test_scores_of_another_run_that_lie_beside_it_are_left_out(shop, tmp_path):
     """A baseline of as many steps, say; or the run itself, before it was trained anew."""
-    run, mine = shop.folder / "runs/base", "scores.json"
-    other = shop.train("other", "train.sample_every_steps=0")
-    assert "## Scores" in write(run, tmp_path / "a.safetensors")
-    (other / mine).write_bytes((run / mine).read_bytes())
-    text = write(other, tmp_path / "b.safetensors")
-    assert "## Scores" not in text and "another run or step" in capsys.readouterr().out
-    report = json.loads((run / mine).read_text())
-    del report["checkpoint_crc32"]  # of an older version
-    (other / mine).write_text(json.dumps(report))
-    assert "## Scores" in write(other, tmp_path / "c.safetensors")
+    run = shop.folder / "runs/base"
+    exported = Exported(tmp_path / "a.safetensors", "mmdit", {}, latest(run), 3, 1)
+    report = json.loads((run / "scores.json").read_text())
+    older = {key: report[key] for key in report if key != "checkpoint_crc32"}
+    other = older | {"checkpoint_crc32": report["checkpoint_crc32"] + 1}
+    for row, expected in ((report, (1, 0)), (older, (1, 0)), (other, (0, 1))):
+        (tmp_path / "scores.json").write_text(json.dumps(row))
+        tables, notes = score_tables(tmp_path, exported)
+        assert (len(tables), len(notes)) == expected
+    assert "another run or step" in notes[0]
 
 
 def test_scores_are_shown_with_what_they_rest_on():

@@ -25,6 +25,7 @@ from huggingface_hub import file_download as downloads  # noqa: E402
 from mmdit.commands.export_card import card_path  # noqa: E402
 from mmdit.commands.hub import explain_hub_errors  # noqa: E402
 from mmdit.commands.pull import is_read, uses_of  # noqa: E402
+from mmdit.commands.push import front_matter  # noqa: E402
 from mmdit.scripts import evaluate, export, pull, push, sample, train_t2v  # noqa: E402
 from tests.helpers.hub_server import TOKEN, running_hub  # noqa: E402
 from tests.helpers.tiny import Workshop, refused  # noqa: E402
@@ -315,6 +316,24 @@ def test_what_stands_in_the_way_is_named_and_nothing_is_fetched(hub, tmp_path, c
 def test_a_model_whose_card_cannot_be_read_is_fetched(hub, tmp_path):
     hub.public("me/x", {"README.md": b"---\n: [\n---\n", "a.json": b"{}"})
     assert pull.main(["me/x", "--out", str(tmp_path / "x")]) == 0
+
+
+def test_the_head_of_a_card_is_read_and_not_computed(tmp_path, capsys):
+    """A number to the base of 60 takes minutes, and brackets in brackets all of the stack."""
+    sixty = ":".join(["1"] * 50_000)
+    rows = ["license: mit", f"a: {sixty}", "base_model: a/b", "c: 2001-99-99", "? [d]", ": e"]
+    rows += ["f: &f [x, x]", "g: [*f, *f]", "h: !!str {i: j}"]
+    card = "\n".join(["---", *rows, "---", ""])
+    assert front_matter(card) == {"license": "mit", "base_model": "a/b"}
+    deep = f"---\na: {'[' * 1000}{']' * 1000}\n---\n"
+    with pytest.raises(ValueError, match="no YAML: maximum recursion"):
+        front_matter(deep)
+    with pytest.raises(ValueError, match="more than 262144 letters"):
+        front_matter(f"---\na: {'x' * 300_000}\n---\n")
+    save_file({"blocks.0.q.lora_A.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "README.md").write_text(deep)
+    assert "--checkpoint BASE" in uses_of(tmp_path)[0]
+    refused(capsys, push.main, [tmp_path, "me/x"], "the head of the card is no YAML")
 
 
 def test_a_file_that_is_not_what_the_hub_says_does_not_stay(hub, tmp_path, capsys):

@@ -202,8 +202,7 @@ def uses_of(out: Path, others: Container[str] = ()) -> list[str]:
     if card.is_file():
         with contextlib.suppress(ValueError):  # a card of others, which says nothing then
             text = card.read_text(encoding="utf-8", errors="replace")
-            stated = front_matter(text).get("base_model")
-            base = stated if isinstance(stated, str) else ""
+            base = front_matter(text).get("base_model", "")
     lines: list[str] = []
     fetched = [path for path in sorted(out.glob("*.safetensors")) if path.name not in others]
     for path in [out, *fetched]:

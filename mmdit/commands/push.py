@@ -26,6 +26,8 @@ OF_RUNS += ("metrics.jsonl", "starts.jsonl")
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".py")
 PIPELINE = "model_index.json"  # beside it code may lie, which its user chooses to run
 LARGEST_TEXT = 64 << 20
+LARGEST_HEAD = 1 << 18  # of a card, read by a parser that takes seconds for it
+TEXT = "tag:yaml.org,2002:str"
 SHOWN = 12  # problems in one message
 
 
@@ -97,7 +99,7 @@ class Push:
         """Return the licence that the card states, or that it states none."""
         text = self.files["README.md"].read_text(encoding="utf-8")
         front = front_matter(text)
-        if isinstance(front.get("license"), str):
+        if "license" in front:
             return front["license"]
         if "not stated" in text:
             return "not stated"
@@ -141,15 +143,24 @@ class Push:
             return without_secrets(str(made.commit_url))
 
 
-def front_matter(text: str) -> dict:
-    """Return what the head of a card states as plain data. ValueError: it cannot be read."""
+def front_matter(text: str) -> dict[str, str]:
+    """Return the texts that the head of a card states, by their keys; numbers, lists and the like
+    are left out, and nothing is made of them: they may be any. ValueError: it cannot be read."""
     if not text.startswith("---\n") or "\n---\n" not in text[3:]:
         return {}
+    head = text[4 : text.index("\n---\n", 3) + 1]
+    if len(head) > LARGEST_HEAD:
+        raise ValueError(f"the head of the card has more than {LARGEST_HEAD} letters")
     try:
-        front = yaml.safe_load(text[4 : text.index("\n---\n", 3) + 1])
-    except yaml.YAMLError as error:
-        raise ValueError(f"the head of the card is no YAML: {error}") from None
-    return front if isinstance(front, dict) else {}
+        node = yaml.compose(head, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"the head of the card is no YAML: {str(error)[:1000]}") from None
+    rows = node.value if isinstance(node, yaml.MappingNode) else []
+    return {
+        key.value: value.value
+        for key, value in rows
+        if key.id == value.id == "scalar" and value.tag == TEXT
+    }
 
 
 def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list[str]:

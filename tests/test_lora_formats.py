@@ -195,6 +195,18 @@ def test_a_strength_is_kept_whole_in_a_file_of_half_precision(tmp_path):
     assert alphas == {257.0}
 
 
+def test_an_update_too_small_for_a_type_is_one_sentence_with_a_remedy(tmp_path):
+    model = random_model(TINY)
+    inject(model, LoRAConfig(enabled=True, rank=4, target_modules=("cross_attn.k",)))
+    for layer in adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=1e-7)
+    path = tmp_path / "k.safetensors"
+    save = lambda dtype: save_lora(model, path, "kohya", dtype)
+    words = ("k.safetensors: blocks.0.", "in float16, which has few digits", "write it in float32")
+    refused(*words, call=lambda: save(torch.float16))
+    save(torch.bfloat16)
+
+
 def test_a_file_that_would_be_read_otherwise_does_not_get_its_name(model, tmp_path, monkeypatch):
     load_lora(model, FILES["kohya"])
     monkeypatch.setattr(

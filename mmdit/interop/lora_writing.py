@@ -68,7 +68,7 @@ def save_lora(
             (place / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
             weights = place / "adapter_model.safetensors"
         write_atomically(weights, tensor_pieces(tensors, header), flush=True)
-        _compare(model, place, TOLERANCES[dtype])
+        _compare(model, place, dtype)
         os.replace(place, path)
 
 
@@ -145,8 +145,13 @@ def _differences(model: nn.Module, form: LoRAFormat) -> dict[str, Tensor]:
     return result
 
 
-def _compare(model: Denoiser, written: Path, tolerance: float) -> None:
-    """Raise ValueError unless what was written is read back as it is."""
+def _compare(model: Denoiser, written: Path, dtype: torch.dtype) -> None:
+    """Raise ValueError unless what was written in `dtype` is read back as it is."""
+    tolerance = TOLERANCES[dtype]
+    remedy = ""
+    if dtype != torch.float32:
+        kept = str(dtype).removeprefix("torch.")
+        remedy = f" (in {kept}, which has few digits for small numbers: write it in float32)"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is told of files of others
         back = read_lora(model, written)
@@ -157,7 +162,9 @@ def _compare(model: Denoiser, written: Path, tolerance: float) -> None:
             again = again.to(expected)
             if (again - expected).norm() <= tolerance * expected.norm():
                 return
-        raise ValueError(f"{written}: {what} would not be read back as it is: nothing is written")
+        raise ValueError(
+            f"{written.name}: {what} would not be read back as it is{remedy}: nothing is written"
+        )
 
     for name, layer in adapters(model).items():
         again = back.updates[name].adapter(layer)

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("starlette")
 from mmdit.diagnostics.curves import POINTS, is_main, panels_of, thinned
 from mmdit.training.run_folder import RunFolder
-from mmdit.ui.metric_series import MetricStore, curves
+from mmdit.ui import metric_series
+from mmdit.ui.metric_series import MetricStore, curves, last_record
 from mmdit.ui.run_folders import find_runs, held_locks
 from mmdit.ui.run_pages import command_of, phase_of
 from mmdit.ui.run_report import RunReport
@@ -104,7 +105,33 @@ def test_a_file_that_a_resume_wrote_anew_is_read_anew(tmp_path):
     (folder / "other").rename(folder / "metrics.jsonl")
     series = store.read(folder)
     assert series.columns == {"loss_ema_100": ([1.0], [9.0])}
-    assert series.last["step"] == 1
+
+
+def test_a_list_of_runs_reads_the_ends_of_their_metrics(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, "long", range(1, 20_000))
+    read = []
+    monkeypatch.setattr(metric_series, "record_of", lambda line: read.append(line) or {"step": 7})
+    assert last_record(folder) == {"step": 7} and len(read) == 1
+    assert json.loads(read[0])["step"] == 19_999
+    assert 'href="/run/long"' in client(tmp_path).get("/").text
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ('{"step": 1}\n{"step": 2}\n', 2),
+        ('{"step": 1}\n{"step": 2', 1),  # it is being written
+        ('{"step": 1}\n\n[2]\nx\n{"steps": 2}\n{"step": NaN}\n', 1),
+        ('{"step": 1}\n' + "x" * 300_000 + '\n{"step": 2', 1),
+        ('{"step": 1, "note": "' + "x" * 300_000 + '"}\n', 1),
+        ("x\n", None),
+        ("", None),
+    ],
+)
+def test_the_last_record_is_the_newest_that_is_whole(tmp_path, text, step):
+    folder = make_run(tmp_path, "one")
+    (folder / "metrics.jsonl").write_text(text)
+    assert last_record(folder).get("step") == step
 
 
 @pytest.mark.parametrize(

@@ -650,6 +650,7 @@ def test_a_wrong_folder_of_pictures_is_said_before_anything_is_measured(tmp_path
         ("train", {"weight_decay": -1.0}, "train.weight_decay"),
         ("adversarial", {"lr": -1.0}, "adversarial.lr"),
         ("model", {"vision_depth": 0}, "model.vision_depth"),
+        ("model", {"text_context_length": 1}, "model.text_context_length"),
         ("self_supervision", {"teacher_temperature": 0.0}, "self_supervision.teacher_temperature"),
         ("self_supervision", {"momentum": 1.5}, "self_supervision.momentum"),
         ("ema", {"start_step": -5}, "ema.start_step"),

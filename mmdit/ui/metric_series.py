@@ -12,6 +12,7 @@ from pathlib import Path
 from mmdit.diagnostics.curves import is_main, number_of, panels_of, thinned
 from mmdit.files import open_regular
 
+TAIL = 1 << 14  # bytes in which the last record is looked for
 NO_CURVES = {"step", "timestamp", "images_seen", "wall_s", "eta_seconds"}
 
 
@@ -22,24 +23,45 @@ class Series:
     inode: int = 0
     offset: int = 0  # bytes of whole lines that were read
     columns: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
-    last: dict = field(default_factory=dict)  # the newest record
 
     def add(self, line: bytes) -> None:
         """Take in a record; a line that is none is left out, as in a run that was killed."""
-        try:
-            record = json.loads(line)
-            step = number_of(record["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return
-        if step is None:
-            return
-        self.last = record
+        record = record_of(line)
         for name, value in record.items():
             number = None if isinstance(value, bool) else number_of(value)
             if name not in NO_CURVES and number is not None:
                 steps, values = self.columns.setdefault(name, ([], []))
-                steps.append(float(step))
+                steps.append(float(record["step"]))
                 values.append(float(number))
+
+
+def record_of(line: bytes) -> dict:
+    """Return the record in a line, or nothing where it holds none with a step."""
+    try:
+        record = json.loads(line)
+        return {} if number_of(record["step"]) is None else record
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def last_record(run: Path) -> dict:
+    """Return the newest whole record of a run, or nothing. The end of the file is read, and more
+    only where no record is in it: a list of runs asks for all of them."""
+    part = TAIL
+    try:
+        with open_regular(run / "metrics.jsonl") as file:
+            size = os.fstat(file.fileno()).st_size
+            while True:
+                first = max(0, size - part)
+                file.seek(first)
+                # of the lines the last is being written, and the first may have begun before
+                lines = file.read(size - first).split(b"\n")[1 if first else 0 : -1]
+                record = next(filter(None, map(record_of, reversed(lines))), {})
+                if record or not first:
+                    return record
+                part *= 8
+    except (OSError, ValueError):
+        return {}
 
 
 class MetricStore:

@@ -15,7 +15,7 @@ from mmdit.files import real_path
 from mmdit.training.run_folder import RunFolder, RunState
 from mmdit.training.run_start import read_starts
 from mmdit.ui.job_files import JobState
-from mmdit.ui.metric_series import MetricStore, curves
+from mmdit.ui.metric_series import MetricStore, curves, last_record
 from mmdit.ui.run_folders import config_difference, find_runs, held_locks
 from mmdit.ui.templating import Templates
 
@@ -82,7 +82,7 @@ class RunPages:
         return [self._row(run, held, jobs.get(run.folder)) for run in runs]
 
     def _row(self, run: RunFolder, held: set[int] | None, job: tuple[str, JobState] | None) -> dict:
-        last = self.store.read(run.folder).last
+        last = last_record(run.folder)
         step = last.get("step")
         state: RunState | JobState = run.state(last, held)
         # its job knows how a process ended; of a run that goes on its own files know more

@@ -65,6 +65,7 @@ class NetworkConfig:
     def __post_init__(self):
         whole = [name for name, value in vars(self).items() if type(value) is int]
         least(self, 1, *whole)
+        least(self, 2, "text_context_length")  # a start and an end
         least(self, 0, "vision_mlp_ratio", above=True)
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")

@@ -27,7 +27,7 @@ from mmdit.scripts.evaluate_vtp import main as evaluate_main
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
 from mmdit.training.errors import RunError
 from mmdit.training.run_folder import ENDED_BY
-from mmdit.vtp_training import pretrain_report, textures, tokenizer_scores
+from mmdit.vtp_training import pretrain_export, pretrain_report, textures, tokenizer_scores
 from mmdit.vtp_training.glyphs import letters
 from mmdit.vtp_training.images import ImagesConfig, MixConfig, PictureSource, moving_shapes_of
 from mmdit.vtp_training.pretrain_config import PretrainConfig
@@ -629,8 +629,26 @@ def test_a_run_exports_a_checkpoint_that_loads_and_is_scored(tmp_path):
 
 def test_a_wrong_folder_of_pictures_is_said_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_scores, "shapes_psnr", lambda *_: pytest.fail("was measured"))
+    model = VTPModel(configured(tmp_path).network())
     with pytest.raises(ValueError, match="photos is no folder of pictures"):
-        tokenizer_scores.tokenizer_scores(None, 4, tmp_path / "photos")
+        tokenizer_scores.tokenizer_scores(model, 4, tmp_path / "photos")
+    with torch.no_grad():
+        model.trunk.cls_token.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weight trunk.cls_token holds nan"):
+        tokenizer_scores.tokenizer_scores(model, 4)
+
+
+def test_weights_beyond_float16_are_stored_whole_and_cost_nothing(tmp_path):
+    """What float16 would cost is no number then, which no JSON holds; nor is it what was stored."""
+    config = configured(tmp_path)
+    model = VTPModel(config.network()).eval()
+    for factor, dtype in ((1.0, torch.float16), (1e6, torch.float32)):
+        with torch.no_grad():
+            model.trunk.cls_token.fill_(factor)
+        stored, record = pretrain_export._stored(model, config)
+        assert stored["trunk.cls_token"].dtype == dtype
+        assert record["stored_as"] == str(dtype).removeprefix("torch.")
+        assert record["cost_of_storage_db"] <= (0.01 if factor == 1 else 0)
 
 
 # ── configuration ─────────────────────────────────────────────────────────────────────────────────

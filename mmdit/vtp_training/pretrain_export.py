@@ -85,8 +85,10 @@ def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor],
     rounded = copy.deepcopy(model)
     rounded.load_state_dict({name: t.to(weights[name].dtype) for name, t in half.items()})
     before, after = (shapes_psnr(m, 128, sizes) for m in (model, rounded))
-    cost = max(before[name] - after[name] for name in before)
-    kept, dtype = (half, "float16") if cost <= HALF_TOLERANCE else (weights, "float32")
+    costs = [before[name] - after[name] for name in before]
+    kept, dtype, cost = weights, "float32", 0.0
+    if all(cost <= HALF_TOLERANCE for cost in costs):  # of too large a weight it is no number
+        kept, dtype, cost = half, "float16", max(costs)
     record = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}
     return {name: t.cpu() for name, t in kept.items()}, record
 

@@ -20,6 +20,7 @@ from mmdit.data import moving_shapes
 from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.pixels import to_unit
 from mmdit.rng import key
+from mmdit.weights import is_finite
 
 SIZES = ((64, 64), (128, 128), (256, 256), (448, 256))  # width, height
 ORACLE_SIZES, CLIP_FRAMES = (64, 128), 8
@@ -97,7 +98,10 @@ def folder_scores(model: VTPModel, folder: Path, side: int = 256) -> dict:
 
 def tokenizer_scores(model: VTPModel, count: int = 512, images: Path | None = None) -> dict:
     """Return all scores, ready for JSON."""
-    # first: a wrong folder is said before the minutes that the others take
+    # first: what is wrong is said before the minutes that the scores take
+    for name, weight in model.state_dict().items():
+        if not is_finite(weight):
+            raise ValueError(f"the tokenizer's weight {name} holds nan or infinity: take another")
     pictures = {} if images is None else {"images": folder_scores(model, images)}
     return {
         "moving_shapes_psnr": shapes_psnr(model, count),

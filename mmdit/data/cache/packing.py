@@ -161,20 +161,27 @@ def _entries(cache: LatentCache, part: range) -> list[Entry]:
 
 
 def _is_current(path: Path, cache: LatentCache, part: range) -> bool:
-    """Return whether the shard is there with these items, texts and check sums of the numbers, and
-    none of their files was changed after it: of one that was replaced by hand the index still has
-    the check sum before."""
-    entries = _entries(cache, part)
+    """Return whether the shard is there with these items, texts and check sums of the numbers. What
+    was changed after it is read: of a file that was replaced by hand the index has the sum before.
+    """
     try:
         stored, written = read_shard(path), path.stat().st_mtime_ns
-        files = {cache.folder / entry.file for entry in entries}
-        if any(file.stat().st_mtime_ns > written for file in files):
-            return False
     except (Damaged, OSError):  # or not there
         return False
+    entries = _entries(cache, part)
+    files = [cache.folder / entry.file for entry in entries]
     for entry in (*stored, *entries):
         entry.file, entry.bytes, entry.offset = "", 0, 0  # where an item lies decides nothing
-    return stored == entries
+    if stored != entries:
+        return False
+    for item, file, entry in zip(part, files, entries, strict=True):
+        if file.stat().st_mtime_ns > written and _crc(cache.load(item).numpy()) != entry.crc:
+            return False
+    return True
+
+
+def _crc(numbers: np.ndarray) -> int:
+    return zlib.crc32(numbers.data.cast("B"))
 
 
 def _shard(
@@ -212,6 +219,6 @@ def _loaded(
         loaded = pool.map(cache.load_finite, part[chunk])
         for entry, latents in zip(entries[chunk], loaded, strict=True):
             numbers = latents.contiguous().numpy()
-            entry.crc = zlib.crc32(numbers.data.cast("B"))
+            entry.crc = _crc(numbers)
             yield numbers
             bar.update()

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -95,6 +96,24 @@ def test_metrics_are_read_once_then_what_was_appended(tmp_path, monkeypatch):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('_ema_100": 0.2}\nno record\n')
     assert store.read(folder).columns["loss_ema_100"][1][-1] == 0.2
+
+
+def test_a_run_is_not_read_on_while_its_curves_are_made(tmp_path, monkeypatch):
+    """Two browsers ask in two threads."""
+    folder, store, other = make_run(tmp_path, "one"), MetricStore(), []
+
+    def asked_in_between(series):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "loss_ema_100": 0.25, "new": 1}\n')
+        other.append(threading.Thread(target=store.read, args=[folder]))
+        other[0].start()
+        other[0].join(0.05)
+        return sorted(name for one in series for name in one.columns)
+
+    monkeypatch.setattr(metric_series, "curves", asked_in_between)
+    assert store.panels([folder]) == ["loss_ema_100"]
+    other[0].join()
+    assert "new" in store.read(folder).columns
 
 
 def test_a_file_that_a_resume_wrote_anew_is_read_anew(tmp_path):

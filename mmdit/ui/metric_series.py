@@ -68,8 +68,14 @@ class MetricStore:
     """The series of every run that was asked for; safe to ask from several threads."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.series: dict[Path, Series] = {}
+
+    def panels(self, runs: list[Path]) -> list[dict]:
+        """Return the `curves` of runs. No other thread reads on meanwhile, which would give a curve
+        a step without its value."""
+        with self.lock:
+            return curves([self.read(run) for run in runs])
 
     def read(self, run: Path) -> Series:
         """Return the series of a run folder, with what was appended since the last call. A file

@@ -15,7 +15,7 @@ from mmdit.files import real_path
 from mmdit.training.run_folder import RunFolder, RunState
 from mmdit.training.run_start import read_starts
 from mmdit.ui.job_files import JobState
-from mmdit.ui.metric_series import MetricStore, curves, last_record
+from mmdit.ui.metric_series import MetricStore, last_record
 from mmdit.ui.run_folders import config_difference, find_runs, held_locks
 from mmdit.ui.templating import Templates
 
@@ -165,8 +165,8 @@ class RunPages:
             runs = self._chosen(request)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404)
-        series = [self.store.read(run.folder) for run in runs]
-        return JSONResponse({"runs": [run.name for run in runs], "panels": curves(series)})
+        panels = self.store.panels([run.folder for run in runs])
+        return JSONResponse({"runs": [run.name for run in runs], "panels": panels})
 
     def states(self, request: Request) -> Response:
         """Return the state of the chosen runs as JSON, and their newest previews."""

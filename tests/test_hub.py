@@ -26,6 +26,7 @@ from mmdit.commands.export_card import card_path  # noqa: E402
 from mmdit.commands.hub import explain_hub_errors  # noqa: E402
 from mmdit.commands.pull import is_read, uses_of  # noqa: E402
 from mmdit.commands.push import front_matter  # noqa: E402
+from mmdit.files import lock  # noqa: E402
 from mmdit.scripts import evaluate, export, pull, push, sample, train_t2v  # noqa: E402
 from tests.helpers.hub_server import TOKEN, running_hub  # noqa: E402
 from tests.helpers.tiny import Workshop, refused  # noqa: E402
@@ -359,6 +360,16 @@ def test_a_download_that_broke_off_goes_on(hub, tmp_path, capsys, monkeypatch):
     ranges = [asked for *_, asked in hub.requests if asked]
     assert ranges == ["bytes=20000-"]
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["a.safetensors"]
+
+
+def test_what_another_call_fetches_into_the_folder_stays(hub, tmp_path):
+    hub.public("me/x", {"a.txt": b"x"})
+    fetched, left = (tmp_path / f".pulling-{name}.part" for name in ("fetched", "left"))
+    left.write_bytes(b"half")
+    with fetched.open("ab") as file:
+        lock(file)
+        assert pull.main(["me/x", "--out", str(tmp_path)]) == 0
+    assert fetched.exists() and not left.exists()
 
 
 def test_the_token_stays_where_it_is(hub, model, tmp_path, capsys, caplog, monkeypatch):

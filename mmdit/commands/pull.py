@@ -74,7 +74,9 @@ class Pull:
         if kept := len(self.files) - len(missing):
             yield f"  {kept} files were there already"
         for part in self.out.glob(PART.format("*")):  # of other commits
-            remove(part)
+            with contextlib.suppress(ValueError), refuse_link(part).open("ab") as file:
+                lock(file)  # else another call is fetching it
+                remove(part)
 
     def others(self) -> list[str]:
         """Return the weights, and indices of them, that lie where those of this commit do and are

@@ -450,6 +450,9 @@ def test_nft_has_the_optimum_of_its_derivation(beta):
     (slope,) = torch.autograd.grad(loss, shift, create_graph=True)
     (curvature,) = torch.autograd.grad(slope, shift)
     assert (-slope / curvature).item() == pytest.approx(-0.4 / beta, rel=0.01)
+    # Whatever beta is, samples that are wholly positive pull as flow matching does.
+    pull = (1 - 2 * share) * 2 * sigma * (x - sigma * v_old - clean)[:, 0]
+    assert slope.item() == pytest.approx(pull.mean().item(), rel=1e-9)
     balanced = losses.nft(
         v.expand_as(x),
         v_old.expand_as(x),

@@ -161,6 +161,23 @@ def test_a_setting_is_a_path_or_keys():
 
 
 # ── commands ──────────────────────────────────────────────────────────────────────────────────────
+def test_a_sheet_is_not_written_among_the_pictures_that_are_compared(tmp_path, capsys):
+    """The second call would compare it with them."""
+    folders = {name: write_pictures(tmp_path / name, 4, 1) for name in ("samples", "real")}
+    words = ["--samples", folders["samples"], "--real", folders["real"], "--device", "cpu"]
+    words += ["--features", "pixels", "--num_workers", "0"]
+    inside = folders["real"] / "new/c.png"
+    message = refused(capsys, compare_samples.main, [*words, "--nearest", inside], "of --real,")
+    assert "--nearest" in message and not inside.exists()
+    inside = folders["samples"] / "c.png"
+    refused(
+        capsys, compare_samples.main, [*words, "--copies", inside], "in the folder of --samples"
+    )
+    assert compare_samples.main([*map(str, words), "--copies", str(tmp_path / "c.png")]) == 0
+    words = ["--checkpoint", "x", "--real", folders["real"], "--features", "pixels"]
+    refused(capsys, evaluate.main, [*words, "--sheet", folders["real"] / "c.png"], "of --real,")
+
+
 def test_two_folders_are_compared_and_copies_are_shown(tmp_path, capsys):
     real = write_pictures(tmp_path / "real", 20, 1)
     held_out = write_pictures(tmp_path / "held_out", 9, 2)

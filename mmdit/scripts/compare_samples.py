@@ -16,7 +16,7 @@ from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.metric_arguments import add_metric_arguments, metric_values
 from mmdit.training.distributed import choose_device
-from mmdit.training.samples import check_files
+from mmdit.training.samples import check_files, check_outside
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="write the report as JSON")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        check_files(out=args.out, copies=args.copies, nearest=args.nearest)
+        sheets = {"copies": args.copies, "nearest": args.nearest}
+        check_files(out=args.out, **sheets)
+        sources = {"samples": args.samples, "real": args.real, "held_out": args.held_out}
+        check_outside(sheets, sources)
         if not (args.features or args.clip_score):
             raise ValueError("nothing to measure; give --features, --clip_score or both")
         if not args.features:

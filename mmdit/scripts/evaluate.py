@@ -37,7 +37,7 @@ from mmdit.scripts.parsers import at_least
 from mmdit.training.checkpoint import at_steps
 from mmdit.training.media import save_sheet
 from mmdit.training.pipeline import SampleSettings
-from mmdit.training.samples import check_files
+from mmdit.training.samples import check_files, check_outside
 
 
 def checked_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
@@ -90,7 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.prompts and args.variant != "one":
             raise ValueError(f"--variant {args.variant} is of moving shapes; leave --prompts out")
-        check_files(out=args.out, sheet=args.sheet, copies=args.copies, nearest=args.nearest)
+        sheets = {"sheet": args.sheet, "copies": args.copies, "nearest": args.nearest}
+        check_files(out=args.out, **sheets)
+        check_outside(sheets, {"real": args.real, "held_out": args.held_out})
         paths = at_steps(args.checkpoint, args.at_steps) if args.at_steps else [args.checkpoint]
         loader = Loader(args.device, not args.raw_weights, args.overrides, args.offload)
         asked = {name: getattr(args, name) for name in ("variant", "prompts", "count")}

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.config import differences
-from mmdit.files import read_text, real_path, write_atomically
+from mmdit.data.dataset.sources import is_sheet
+from mmdit.files import expanded, read_text, real_path, write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -67,6 +68,22 @@ def check_files(**paths: str | None) -> None:
                 f"--{other} and --{name} both are {path}, and one would replace the other: give"
                 " each its name"
             )
+
+
+def check_outside(sheets: Mapping[str, str | None], sources: Mapping[str, str | None]) -> None:
+    """Raise ValueError if a sheet would be written into a folder whose pictures are compared, where
+    the next call would take it for one of them. Both are given by the names of their options."""
+    for option, sheet in sheets.items():
+        for name, source in sources.items():
+            if not sheet or not source or is_sheet(sheet):
+                continue
+            folder = real_path(expanded(source))
+            cached = (folder / "manifest.json").is_file()
+            if folder.is_dir() and not cached and folder in real_path(Path(sheet)).parents:
+                raise ValueError(
+                    f"--{option} is {sheet}, in the folder of --{name}, of whose pictures it would"
+                    " be one the next time; choose a place outside"
+                )
 
 
 @torch.no_grad()

@@ -161,11 +161,14 @@ def test_a_setting_is_a_path_or_keys():
 
 
 # ── commands ──────────────────────────────────────────────────────────────────────────────────────
-def test_a_sheet_is_not_written_among_the_pictures_that_are_compared(tmp_path, capsys):
-    """The second call would compare it with them."""
+def test_what_is_compared_is_not_mixed(tmp_path, capsys):
+    """The second call would compare a sheet with the pictures among which it lies; held-out items
+    that are the real ones are at no distance."""
     folders = {name: write_pictures(tmp_path / name, 4, 1) for name in ("samples", "real")}
     words = ["--samples", folders["samples"], "--real", folders["real"], "--device", "cpu"]
     words += ["--features", "pixels", "--num_workers", "0"]
+    same = [*words, "--held_out", folders["real"] / "../real"]
+    refused(capsys, compare_samples.main, same, "--real and --held_out both are")
     inside = folders["real"] / "new/c.png"
     message = refused(capsys, compare_samples.main, [*words, "--nearest", inside], "of --real,")
     assert "--nearest" in message and not inside.exists()

@@ -13,6 +13,7 @@ from mmdit.data.dataset.media_sets import Shape, media_records, read_media
 from mmdit.data.dataset.records import Record
 from mmdit.diagnostics.clip_score import ClipScore, format_clip_score
 from mmdit.diagnostics.feature_distance import BATCH, FeatureDistance, format_features
+from mmdit.files import expanded, real_path
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 from mmdit.training.media import read_facts, save_image
@@ -90,6 +91,11 @@ def build_scores(
     for name, value in needing.items():
         if value and not features:
             raise ValueError(f"--{name} needs --features, an encoder to compare items with")
+    if real and held_out and real_path(expanded(real)) == real_path(expanded(held_out)):
+        raise ValueError(
+            f"--real and --held_out both are {real}: of items that were trained on each is its own"
+            " nearest; give others as --held_out, or leave it out"
+        )
     if num_workers < 0:
         raise ValueError(f"--num_workers is {num_workers}, must be at least 0")
     score = ClipScore(clip_score, device) if clip_score else None

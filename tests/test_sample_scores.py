@@ -140,6 +140,12 @@ def test_sources_are_folders_of_pictures_clips_frames_and_lines(tmp_path, capsys
     (short,) = read_media(records, Shape((16, 16), 3, stride=2), 8)  # three frames are too short
     assert [record.id for record in short[0]] == [animated.name]
     assert "walk: too short: 3 frames, 5 are needed" in capsys.readouterr().out
+    shutil.copy(folder / "000.png", clips / "loose.png")
+    (clips / "film.mp4").touch()
+    assert len(media_records(clips, 3)) == 3
+    assert "clips: 1 files are left out, for example loose.png: clips" in capsys.readouterr().out
+    assert len(media_records(clips, 1)) == 4 + (animated.suffix == ".png")
+    assert "for example film.mp4: pictures are compared" in capsys.readouterr().out
     assert list(Shape(frames=2, stride=2).places(9)) == [3, 5]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no picture"):

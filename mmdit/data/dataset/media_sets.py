@@ -77,7 +77,7 @@ class Shape:
 def media_records(source: str | Path, frames: int) -> list[Record]:
     """Return what `source` holds, in a fixed order: the lines of a JSONL file; the pictures below a
     folder; with `frames > 1`, or if there are none, its video files, animations and folders of
-    frames. ValueError: nothing."""
+    frames. What is left out so is told. ValueError: nothing."""
     source = expanded(source)
     if source.suffix == ".jsonl":
         return read_records(source, media_of(source))
@@ -85,15 +85,23 @@ def media_records(source: str | Path, frames: int) -> list[Record]:
         raise ValueError(f"{source} is no folder and no .jsonl file")
     files = [Path(name) for name in files_below(source) if not is_sheet(source / name)]
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
     names = pictures if frames == 1 else []
     if not names:
-        names = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-        names += _animations(source, pictures)
+        names = videos + _animations(source, pictures)
         folders = {file.parent for file in pictures if len(file.parts) > 1}
         names = sorted({*names, *folders - {file.parent for file in names}})
     if not names:
         what = "picture" if frames == 1 else "clip, nor a folder of frames"
         raise ValueError(f"{source} holds no {what}")
+    taken = set(names)
+    if left := [one for one in (*pictures, *videos) if not taken & {one, one.parent}]:
+        what = "pictures" if frames == 1 else "clips"
+        print(
+            f"{source}: {len(left)} files are left out, for example {left[0]}: {what} are compared"
+            " (--frames)",
+            flush=True,
+        )
     return [Record(str(name), str(source / name), "") for name in names]
 
 

@@ -210,6 +210,7 @@ def test_no_page_needs_what_the_policy_forbids(runs):
         "/files/%2e%2e/samples/secret.png",
         "/files/one/samples/step_00000010/page.html",
         "/files/one/samples//etc/passwd",
+        "/files/one/samples/%00",
         "/static/%2e%2e/server.py",
         "/api/curves?run=..",
         "/api/curves",

@@ -184,8 +184,8 @@ class RunPages:
         name, _, rest = request.path_params["name"].partition("/samples/")
         try:
             run = RunFolder(self.runs, name)
+            path = real_path(run.folder / "samples" / rest)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404)
-        path = real_path(run.folder / "samples" / rest)
         answer = send_picture(path) if path.is_relative_to(run.folder / "samples") else None
         return answer or JSONResponse({"error": "there is no such picture"}, 404)

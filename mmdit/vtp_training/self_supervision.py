@@ -48,7 +48,8 @@ class SelfSupervisionConfig:
     def __post_init__(self):
         least(self, 0, "weight", "momentum", "local_crops")
         least(self, 2, "prototypes")
-        least(self, 0, "fraction", "crop_scale", above=True)
+        least(self, 0, "crop_scale", above=True)
+        least(self, 1e-6, "fraction")
         least(self, 0, "student_temperature", "teacher_temperature", above=True)
         for name in ("fraction", "momentum", "crop_scale"):
             if getattr(self, name) > 1:

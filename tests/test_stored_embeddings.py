@@ -114,6 +114,14 @@ def test_a_folder_that_can_only_be_read_is_read(checkpoint, tmp_path, monkeypatc
     assert len(stored_module.files_key([weights], tmp_path)) == 64  # it cannot be remembered
 
 
+def test_a_long_caption_and_a_move_change_no_key(checkpoint, tmp_path):
+    """Ask for the length of a caption, after which the tokenizer has forgotten to cut."""
+    encoder = hf(checkpoint("t5")[0], cache_dir=str(tmp_path))
+    key = encoder.stored().key
+    encoder(["red " * 40])
+    assert encoder.to("cpu").stored().key == key
+
+
 def test_a_damaged_file_is_made_anew(checkpoint, tmp_path):
     folder, _ = checkpoint("t5")
     expected = hf(folder, cache_dir=str(tmp_path))(["red"]).embeddings

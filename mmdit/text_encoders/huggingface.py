@@ -174,6 +174,7 @@ class HuggingFaceEncoder(TextEncoder):
     def stored(self) -> StoredEmbeddings | None:
         """Return where embeddings are kept between runs, if they are."""
         if self._stored is None and self.config.cache_dir:
+            self._tokenize(["a"])  # the key says how it cuts, which it may have forgotten
             # a batch's shape decides its rounding
             settings = (self.config.max_length, GROUP, LENGTH_STEP)
             key = encoder_key(self.encoder, self.tokenizer, *settings)

@@ -67,6 +67,7 @@ def check_sections(run: Any) -> None:
 
 
 MOST_INT = 2**63 - 1  # what arrays and files can hold
+MOST_BLOCKS = 10_000  # of a network, which more would take memory without end
 
 
 def least(section: object, bound: float, *names: str, above: bool = False) -> None:

@@ -372,6 +372,8 @@ def test_named_sizes(size, dim, depth, heads):
         ({"window_size": 0}, "window_size.*0"),
         ({"dropout": 1.0}, "dropout.*1.0"),
         ({"mlp_ratio": 0.0}, "mlp_ratio.*0"),
+        ({"mlp_ratio": 1e308}, "mlp_ratio.*at most"),
+        ({"depth": 10**6}, "depth.*at most"),
         ({"size": "M"}, "size.*'S', 'B', 'L', 'XL'"),
     ],
 )

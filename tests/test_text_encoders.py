@@ -211,6 +211,11 @@ def encoder(build):
     return build()
 
 
+def test_more_blocks_than_any_machine_holds_are_refused():
+    with pytest.raises(ConfigError, match="depth: is 1000000; must be at most 10000"):
+        ByteLevelConfig(depth=10**6)
+
+
 # ── facts about every encoder ─────────────────────────────────────────────────────────────────────
 def test_the_interface(encoder):
     assert isinstance(encoder, nn.Module) and isinstance(encoder, TextEncoder)

@@ -669,6 +669,7 @@ def test_weights_beyond_float16_are_stored_whole_and_cost_nothing(tmp_path):
         ("adversarial", {"lr": -1.0}, "adversarial.lr"),
         ("model", {"vision_depth": 0}, "model.vision_depth"),
         ("model", {"text_context_length": 1}, "model.text_context_length"),
+        ("model", {"decoder_depth": 10**6}, "model.decoder_depth"),
         ("self_supervision", {"teacher_temperature": 0.0}, "self_supervision.teacher_temperature"),
         ("self_supervision", {"momentum": 1.5}, "self_supervision.momentum"),
         ("ema", {"start_step": -5}, "ema.start_step"),

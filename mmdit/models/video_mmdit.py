@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit import rng
-from mmdit.config import ConfigError
+from mmdit.config import MOST_BLOCKS, ConfigError, least, most
 from mmdit.interfaces import Conditioning, Denoiser, ModelSection, TextTokens
 from mmdit.models.routing import TreadConfig, draw_keep, route
 from mmdit.nn import kernels
@@ -143,9 +143,8 @@ class VideoMMDiTConfig(ModelSection):
                 " divisible by 4"
             )
             raise ConfigError("num_heads", f"{message}; change one of the two")
-        for name in ("window_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, f"is {getattr(self, name)}; must be at least 1")
+        least(self, 1, "window_size", "checkpoint_every")
+        most(self, MOST_BLOCKS, "depth", "mlp_ratio")
         if not self.spatial:
             raise ConfigError(
                 "spatial", "is empty; name what attention in space sees: window, shifted or frame"

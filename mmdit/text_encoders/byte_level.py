@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError
+from mmdit.config import MOST_BLOCKS, ConfigError, most
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.nn.attention import Attention, attend
 from mmdit.nn.feedforward import GELU
@@ -58,6 +58,7 @@ class ByteLevelConfig(TextEncoderSection):
         for name, least in (("dim", 2), ("depth", 0), ("num_heads", 1), ("max_length", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
+        most(self, MOST_BLOCKS, "depth")
         check_length(self.max_length)
         if self.convolution < 1 or self.convolution % 2 == 0:
             raise ConfigError(

@@ -11,12 +11,14 @@ from vtp.models import VTPConfig
 from vtp.tokenizers import ByteTokenizer
 
 from mmdit.config import (
+    MOST_BLOCKS,
     ConfigError,
     FilePath,
     changed_keys,
     check_sections,
     in_one_line,
     least,
+    most,
 )
 from mmdit.training.ema import EMAConfig
 from mmdit.vtp_training.images import ImagesConfig
@@ -67,6 +69,7 @@ class NetworkConfig:
         least(self, 1, *whole)
         least(self, 2, "text_context_length")  # a start and an end
         least(self, 0, "vision_mlp_ratio", above=True)
+        most(self, MOST_BLOCKS, "vision_depth", "decoder_depth", "text_depth", "vision_mlp_ratio")
         for part in ("vision", "decoder"):
             width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
             if width % (4 * heads):

@@ -48,7 +48,8 @@ class CacheReport:
         lines = [
             f"{self.records} records: {self.written} items written in {self.seconds:.1f} s,"
             f" {already}, {len(self.skipped)} skipped,"
-            f" {self.empty_captions} empty captions (trained as unconditional)"
+            f" {self.empty_captions} empty captions (trained as unconditional, or as trigger or"
+            " prefix)"
         ]
         if self.same_crops:
             lines.append(

@@ -82,7 +82,7 @@ class FolderReport:
     def text(self) -> str:
         lines = [
             f"{self.images} images and {self.videos} video files, {self.without_caption} of them"
-            " without a caption (trained as unconditional)"
+            " without a caption (trained as unconditional, or as trigger or prefix)"
         ]
         if self.kept_captions:
             lines.append(

@@ -260,7 +260,8 @@ def test_only_what_mmdit_reads_is_taken_and_names_lead_nowhere(hub, tmp_path, ca
     assert pull.main(["me/x", "--out", str(out)]) == 0
     there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert there == {"deep", "deep/out", *(f"deep/out/{name}" for name in wanted), "deep/out/sub"}
-    assert "\x1b" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and "no weights come: " in told
     assert not any(map(is_read, [*hostile, *others])) and all(map(is_read, wanted))
     hub.public("me/y", {"a.py": b""})
     refused(capsys, pull.main, ["me/x", "--out", out / "README.md"], "is a file, but a folder")

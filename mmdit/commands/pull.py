@@ -230,6 +230,8 @@ def pull(repository: str, out: Path | None, revision: str, replace: bool) -> Ite
     if wanted.left_out:
         names = ", ".join(wanted.left_out[:SHOWN])
         yield f"  left out, for mmdit does not read them: {names}"
+    if not any(name.endswith(WEIGHTS) for name in wanted.files):
+        yield "  no weights come: none of its files is one of safetensors, the only ones fetched"
     yield from wanted.fetch(replace)
     if others := wanted.others():
         yield (

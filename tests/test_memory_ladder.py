@@ -694,6 +694,9 @@ def test_what_fits_has_the_largest_micro_batch_that_does(monkeypatch):
         assert chosen.train.batch_size == batch and fits(plan, gpu_gb)
         assert chosen.train.batch_size * chosen.train.grad_accum_steps == 24
         assert chosen.model.checkpointing == checkpointing
+    only = [(), ("model.checkpointing=true",)]  # of a config that takes no single samples
+    monkeypatch.setattr(ladder, "memory_options", lambda *_: only)
+    assert [words for words, _ in plans_until_fit(config, 3)] == only
 
 
 @pytest.mark.thorough

@@ -32,6 +32,7 @@ from mmdit.weights import Checkpoint
 
 # Of CLIP's ViT-H/14: the places of a picture, and the blocks that are run.
 CLIP_STATES, CLIP_BLOCKS = 257, 31
+ONE_SAMPLE = "train.batch_size=1"
 
 
 def released_sizes(
@@ -217,7 +218,7 @@ def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str,
     frozen = config.model.freeze or (config.lora.enabled and config.lora.train_lora_only)
     if train.batch_size > 1:
         accumulated = train.batch_size * train.grad_accum_steps
-        steps.append(("train.batch_size=1", f"train.grad_accum_steps={accumulated}"))
+        steps.append((ONE_SAMPLE, f"train.grad_accum_steps={accumulated}"))
     steps += [(option,) for option in config.model.memory_options(frozen)]
     if frozen and not shared and train.offload_blocks < blocks:
         steps.append((f"train.offload_blocks={blocks}",))
@@ -261,7 +262,7 @@ def plans_until_fit(
 
     for changes in memory_options(config, blocks):
         plan = planned(changes)
-        if changes and fits(plan, gpu_gb):
+        if ONE_SAMPLE in changes and fits(plan, gpu_gb):
             changes, plan = _largest_micro_batch(config.train, changes, plan, planned, gpu_gb)
         yield changes, plan
         if fits(plan, gpu_gb):

@@ -492,6 +492,23 @@ def test_what_is_drawn_and_handed_on_has_the_alpha_in_force(shop):
     ) == {3.0}
 
 
+@pytest.mark.parametrize("change, alpha", [("preserve", 3.0), ("jump", 3.0), ("ramp", 8.0)])
+def test_a_schedule_that_a_run_gets_later_begins_then(change, alpha):
+    """Count no step of before for the first phase, whose alpha is in force at once, or at the end
+    of its ramp."""
+    model, history = adapted(alpha=8.0), LossHistory()
+    phases = (PhaseConfig("first", 3, min_steps=20, exit="steps"), PhaseConfig("second", 14))
+    late = schedule(model, phases=phases, on_change=change, ramp_steps=10)
+    for layer in adapters(model).values():
+        set_alpha(layer, 8.0)  # as a checkpoint has it
+    history.steps = 500
+    late.begin({"": history})
+    assert {layer.alpha for layer in adapters(model).values()} == {alpha}
+    history.steps += 10
+    assert not late.look(510, {"": history}) and late.phase("").name == "first"
+    assert late.alpha("") == 3.0
+
+
 def test_state_of_another_step_is_refused_and_none_starts_anew(shop, capsys):
     words = [
         f"train.init_from={shop.base}",
@@ -522,6 +539,7 @@ def test_state_of_another_step_is_refused_and_none_starts_anew(shop, capsys):
     train_t2v.main(again)
     assert "holds no alpha schedule: it starts with phase 'a'" in capsys.readouterr().out
     notes = checkpoint.read_notes(checkpoint.latest(run))
+    assert set(checkpoint.Meta.read(checkpoint.latest(run)).alphas.values()) == {8.0}
     assert (
         notes["alpha_schedule"]["experts"][""]["phase"] == 0
         and notes["monitor"]["courses"][""]["steps"] == 2

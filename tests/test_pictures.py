@@ -410,6 +410,7 @@ def test_a_pipe_is_refused_at_once(tmp_path):
         (bytes(500), "zeros only"),
         (b"\0\0\0\x20ftypisom", "a video (name it video_path)"),
         (b"qoif", "a QOI picture"),
+        (b"II+\0\x08\0\0\0", "a TIFF or raw file of a layout not read; convert it"),
         (b"\0\0\0\x18ftypavif", "an AVIF picture, damaged"),
         (b"no picture", "cannot identify it, it begins with b'no pictu'"),
     ],

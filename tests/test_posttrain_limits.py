@@ -100,6 +100,13 @@ def test_scores_of_another_measure_are_not_compared(shop, capsys):
     assert "evaluation measures" not in capsys.readouterr().out
 
 
+def test_milestones_that_no_epoch_ends_at_are_refused(shop, capsys):
+    every = ["train.save_every_steps=4", "train.keep_every_steps=4"]
+    given = [*BRIGHT, *every, "posttrain.updates_per_epoch=3"]
+    words = command(shop, "milestones", *given, "--dry-run")
+    refused(capsys, posttrain.main, words, "train.keep_every_steps: is 4", "a multiple of", "(3)")
+
+
 def test_a_resume_within_an_epoch_of_more_updates_is_refused(shop, capsys):
     """It would begin the epoch again, and go on beyond train.max_steps."""
     given = [BRIGHT[0], "posttrain.eval_prompts=0", "posttrain.micro_batch=1"]

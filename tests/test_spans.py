@@ -148,6 +148,13 @@ def test_what_is_no_span_is_refused_with_its_line(tmp_path):
         pixels(VideoSpan(str(tmp_path / "a.mp4"), 30, 41))
 
 
+@pytest.mark.parametrize("key, media", [("frames_dir", "video"), ("image_path", "image")])
+def test_a_span_beside_no_film_is_refused(tmp_path, key, media):
+    meta = write_meta(tmp_path, [{"id": "a", key: "b", "caption": "", "video_span": [3, 9]}])
+    with pytest.raises(ValueError, match=f'1: "video_span" stands beside "{key}"'):
+        read_records(meta, media)
+
+
 def test_the_folder_of_frames_of_a_line_with_both_is_whole(tmp_path):
     row = {"id": "a", "video_path": "a.mp4", "frames_dir": "b", "caption": "", "video_span": [3, 9]}
     meta = write_meta(tmp_path, [row])

@@ -95,6 +95,14 @@ def _check(config: ExperimentConfig) -> None:
                 f"is {steps}, but post-training draws no previews and holds no items out: it"
                 " evaluates every posttrain.eval_every_epochs; set it to 0",
             )
+    updates = 1 if settings.in_single_updates else settings.updates_per_epoch
+    if config.train.keep_every_steps % updates:
+        raise ConfigError(
+            "train.keep_every_steps",
+            f"is {config.train.keep_every_steps}, but checkpoints are written between epochs of"
+            f" {updates} updates, so that some of these would be missing; must be a multiple of"
+            f" posttrain.updates_per_epoch ({updates})",
+        )
     width, height, _, _ = config.sample_size
     tile = config.video.tile
     if tile is not None and (width > tile[0] or height > tile[1]):

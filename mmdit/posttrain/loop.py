@@ -28,10 +28,9 @@ def epochs_of(session: Session) -> tuple[Callable[[], dict[str, float]], int]:
     """Return the configured algorithm as a function that trains for one epoch and returns numbers
     to report, and the number of updates in an epoch."""
     config = session.config
-    if config.algorithm == "srpo":
-        return srpo_updates(session), 1
-    if config.algorithm == "dpo" and config.dpo.source == "offline":
-        return offline_updates(session), 1
+    if config.in_single_updates:
+        updates = srpo_updates if config.algorithm == "srpo" else offline_updates
+        return updates(session), 1
     return partial(online_epoch, session), config.updates_per_epoch
 
 

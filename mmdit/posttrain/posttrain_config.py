@@ -414,7 +414,7 @@ class PosttrainConfig(Section):
             yield algorithm, "advantage", ()
         if self.algorithm == "srpo":
             yield algorithm, "kl", ("beta",)
-        if self.algorithm == "srpo" or (self.algorithm == "dpo" and offline):
+        if self.in_single_updates:
             yield f"{algorithm} without epochs", "", ("updates_per_epoch",)
         if self.algorithm == "dpo" and not offline:
             where = "in online dpo, which makes its pairs in each epoch"
@@ -473,6 +473,13 @@ class PosttrainConfig(Section):
         """Return whether samples of one prompt are drawn, rewarded and compared. SRPO has a scorer
         instead, and pairs that are given were compared before."""
         return self.algorithm != "srpo" and not (self.algorithm == "dpo" and self.dpo.given)
+
+    @property
+    def in_single_updates(self) -> bool:
+        """Return whether each update stands alone, and is no part of an epoch."""
+        return self.algorithm == "srpo" or (
+            self.algorithm == "dpo" and self.dpo.source == "offline"
+        )
 
     @property
     def trains_steps(self) -> bool:

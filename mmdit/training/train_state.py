@@ -135,6 +135,7 @@ class TrainState:
             if self.schedule and "alpha_schedule" in notes:
                 self.schedule.restore(notes["alpha_schedule"])
             elif self.schedule:
+                self.schedule.begin(self.monitor.histories)
                 first = self.schedule.config.phases[0].name
                 print(
                     f"{folder} holds no alpha schedule: it starts with phase {first!r}", flush=True

@@ -302,6 +302,7 @@ FILE_TYPES = (  # where in the file, what is there, what it is
     (0, (b"gimp xcf",), "a GIMP document"),
     (0, (b"v/1\x01",), "an OpenEXR picture (its light has no stated range)"),
     (0, (b"#?RADIANCE", b"#?RGBE"), "a Radiance HDR picture (its light has no stated range)"),
+    (0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "a TIFF or raw file of a layout not read"),
     (0, (b"FUJIFILMCCD-RAW", b"IIRO", b"IIRS", b"IIU\0"), "a camera's raw file"),
     (0, (b"BPG\xfb",), "a BPG picture"),
     (0, (b"qoif",), "a QOI picture"),

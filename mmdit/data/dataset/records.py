@@ -201,7 +201,14 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
 def _span_of(row: dict, wanted: str, path: str) -> VideoSpan | None:
     """Return which frames of its video file a line names; None: all of them, or it is about a
     folder of frames."""
-    if "video_span" not in row or wanted != "video_path":
+    if "video_span" not in row:
+        return None
+    if "video_path" not in row:
+        raise ValueError(
+            f'"video_span" stands beside "{wanted}", of which it would cut nothing: it names frames'
+            ' of a "video_path"; leave it out'
+        )
+    if wanted != "video_path":
         return None
     span = row["video_span"]
     whole = isinstance(span, list) and all(type(number) is int for number in span)

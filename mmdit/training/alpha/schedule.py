@@ -243,6 +243,15 @@ class AlphaSchedule:
             # New adapters are zero; others go on computing what they did.
             self._set(name, config.phases[0].alpha_of(name), preserve=True)
 
+    def begin(self, histories: dict[str, LossHistory]) -> None:
+        """Begin the first phase in a run that goes on and had no schedule: its steps so far are of
+        no phase, and its alpha moves to that of the phase as `on_change` says."""
+        for expert, progress in self.progress.items():
+            histories[expert].reset()
+            if self.config.on_change == "ramp":
+                progress.start = self.alpha(expert)
+            self._follow(expert, 0)
+
     def alpha(self, expert: str) -> float:
         """Return the alpha in force."""
         return self.layers[expert][0].alpha

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmdit.data.moving_shapes.prepare import Recipe
-from mmdit.diagnostics.edges import edge_width, near_borders, seam_ratio
 from mmdit.diffusion.tiling import Tiling
 from mmdit.pixels import to_unit
+from tests.helpers.edges import edge_width, near_borders, seam_ratio
 
 
 def disc(sigma: float, radius: float = 40.0) -> torch.Tensor:

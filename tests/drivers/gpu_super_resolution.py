@@ -30,7 +30,6 @@ from mmdit.commands.sample import REDRAWN, TOLD
 from mmdit.data.moving_shapes.oracle import Predictions, accuracy, oracle
 from mmdit.data.moving_shapes.render import render
 from mmdit.data.moving_shapes.sentences import prompts
-from mmdit.diagnostics.edges import edge_width, near_borders, seam_ratio
 from mmdit.diffusion.tiling import Tiling
 from mmdit.experiment.load import load_pipeline
 from mmdit.files import write_atomically
@@ -38,6 +37,7 @@ from mmdit.pixels import resized, to_unit
 from mmdit.training.distributed import choose_device
 from mmdit.training.media import contact_sheet, save_image, sheet_strip
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from tests.helpers.edges import edge_width, near_borders, seam_ratio
 
 LOOKED_AT = 3  # frames of a clip whose edges are measured
 ON_SHEET = 2  # clips

@@ -406,7 +406,7 @@ def encode(args: Namespace, world: World, folder: Path) -> Iterator[dict]:
             yield figures | {
                 "shape": list(shape),
                 "tokenizer": name,
-                "parameters": tokenizer.num_parameters,
+                "parameters": sum(weight.numel() for weight in tokenizer.network.parameters()),
                 "compile": compile,
             }
 

@@ -8,7 +8,7 @@ import inspect
 import typing
 from pathlib import Path
 
-from mmdit.experiment.config_keys import comment, default, in_words, keys, origin, sections
+from mmdit.experiment.config_keys import comment, default, in_words, keys, sections
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 
@@ -31,6 +31,14 @@ SECOND = """\
 
 What `mmdit train-vtp --config VTP/configs/vtp_tiny_f16d64.yaml` reads.
 """
+
+
+def origin(cls: type, name: str) -> type | None:
+    """Return the class whose body defines the field `name` of `cls`."""
+    for base in cls.__mro__:
+        if name in vars(base).get("__annotations__", {}):
+            return base
+    return None
 
 
 class Page:

@@ -6,15 +6,17 @@ compares."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdit.config import load
 from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.diagnostics.recipe import Recipe
 from mmdit.diagnostics.results_file import first_reaching, shown_rate
-from mmdit.diagnostics.significance import mean_reach
+from mmdit.diagnostics.significance import student_tail
 from mmdit.diagnostics.speed_record import (
     deciding_rates,
     probability,
@@ -148,6 +150,19 @@ def growth(curve: dict) -> list[float]:
     """Return for each seed the mean accuracy over the checkpoints, of both lists of prompts."""
     rates = [point[key]["per_seed"] for point in curve["points"] for key in ("seen", "held_out")]
     return [statistics.fmean(values) for values in zip(*rates, strict=True)]
+
+
+def mean_reach(values: Sequence[float]) -> float:
+    """Return how far the true mean may lie from that of at least two `values`, on either side: the
+    half of the 95 % interval by Student's t."""
+    low, high = 0.0, 100.0  # the quantile is 12.7 for two values, and less for more
+    for _ in range(60):
+        middle = (low + high) / 2
+        if student_tail(middle, len(values) - 1) > 0.025:
+            low = middle
+        else:
+            high = middle
+    return high * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def beside(first: tuple[str, dict, dict], arm: tuple[str, dict, dict]) -> str:

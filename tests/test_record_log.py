@@ -19,7 +19,7 @@ from mmdit.commands.reproduce import Chain, code_hash, commit
 from mmdit.config import ConfigError, decode, encode, load
 from mmdit.diagnostics.recipe import Recipe, read_recipe, stage_hash
 from mmdit.diagnostics.results_file import results
-from mmdit.diagnostics.significance import mean_above, mean_reach, share_above, student_tail
+from mmdit.diagnostics.significance import mean_above, share_above, student_tail
 from mmdit.diagnostics.speed_record import recipe_faults, record_faults, record_seconds, verdict
 from mmdit.diagnostics.tracks import TRACKS
 from mmdit.experiment.build import build_learner
@@ -89,10 +89,10 @@ def test_the_mean_of_seeds_is_tested_with_their_spread():
 
 
 @pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (3, 4.30265), (5, 2.77645)])
-def test_a_mean_reaches_as_far_as_tables_say(count, quantile):
+def test_a_mean_reaches_as_far_as_tables_say(make, count, quantile):
     values = [0.1 * k * k for k in range(count)]
     expected = quantile * statistics.stdev(values) / count**0.5
-    assert mean_reach(values) == pytest.approx(expected, rel=1e-5)
+    assert make.mean_reach(values) == pytest.approx(expected, rel=1e-5)
 
 
 # ── what counts ──

@@ -27,7 +27,7 @@ from mmdit.training.run_folder import text_of
 from mmdit.ui import job_files, job_runner
 from mmdit.ui.allowed_folders import PATH_KEYS, AllowedFolders
 from mmdit.ui.command_forms import NO_PATHS, options_of, takes, words_of
-from mmdit.ui.config_forms import all_keys, config_of, form_of, overrides, with_types
+from mmdit.ui.config_forms import config_of, form_of, overrides, with_types
 from mmdit.ui.job_files import Job, JobStore, as_shown
 from mmdit.ui.job_requests import JobRequest
 from mmdit.ui.job_runner import Runner
@@ -126,7 +126,7 @@ def test_every_key_of_every_type_is_in_a_form():
     forms, seen, tried = [base], set(), set()
     while forms:
         form = forms.pop()
-        seen |= set(all_keys(form))
+        seen |= {key.path for key in keys_of(form)}
         for choice in set(choices_of(form)) - tried:
             tried.add(choice)
             forms.append(with_types(form, {f"type:{choice[0]}": choice[1]}))
@@ -212,9 +212,8 @@ def test_every_argument_has_a_field_on_the_page_of_its_command(name, tmp_path):
     if 'name="config"' in page:
         config = CONFIG if offer.root is ExperimentConfig else VTP_CONFIG
         page = browser(tmp_path / "runs").get(f"/new/{name}", params={"config": config}).text
-        assert all(
-            f'name="set:{key}"' in page for key in all_keys(form_of(load(offer.root, config)))
-        )
+        form = form_of(load(offer.root, config))
+        assert all(f'name="set:{key.path}"' in page for key in keys_of(form))
     left_out = {"help", "config", "overrides", "interactive"}
     known = {action.dest for action in offer.parser()._actions} - left_out
     assert known and not {one for one in known if f'name="{one}"' not in page}

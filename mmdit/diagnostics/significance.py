@@ -1,5 +1,4 @@
-"""Tell what several seeds show: whether a rate lies above a level, and not by luck, and between
-what a mean lies.
+"""Tell what several seeds show: whether a rate lies above a level, and not by luck.
 
 A rate is tested twice, and the larger p-value decides. The seeds are the units of the first test
 (Student's t): training again gives another rate. The prompts of all seeds are those of the second
@@ -27,19 +26,6 @@ def student_tail(t: float, freedom: int) -> float:
         term *= cosine * cosine * k / (k + 1)
     inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
     return (1 - inside) / 2
-
-
-def mean_reach(values: Sequence[float]) -> float:
-    """Return how far the true mean may lie from that of at least two `values`, on either side: the
-    half of the 95 % interval by Student's t."""
-    low, high = 0.0, 100.0  # the quantile is 12.7 for two values, and less for more
-    for _ in range(60):
-        middle = (low + high) / 2
-        if student_tail(middle, len(values) - 1) > 0.025:
-            low = middle
-        else:
-            high = middle
-    return high * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def mean_above(values: Sequence[float], level: float) -> float:

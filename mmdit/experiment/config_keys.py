@@ -110,11 +110,3 @@ def default(field: dataclasses.Field) -> str:
         chosen = hasattr(value, "type") and "type" not in keys(type(value))
         return f"`type: {value.type}`" if chosen else ""
     return "must be given" if field.default is dataclasses.MISSING else f"`{shown(field.default)}`"
-
-
-def origin(cls: type, name: str) -> type | None:
-    """Return the class whose body defines the field `name` of `cls`."""
-    for base in cls.__mro__:
-        if name in vars(base).get("__annotations__", {}):
-            return base
-    return None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 Variant = Literal["fid", "torchvision"]
 Pool = Literal["average", "whole_average", "maximum", "stride"]
 CLASSES: dict[int, Variant] = {1008: "fid", 1000: "torchvision"}
-SIZE, WIDTH = 299, 2048
+SIZE = 299
 ACROSS, DOWN = (1, 7), (7, 1)
 
 # A step of a branch: name, channels, kernel. A pair of steps reads one input, and is joined.

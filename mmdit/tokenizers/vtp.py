@@ -136,11 +136,6 @@ class VTPTokenizer(Tokenizer):
                         digest.update(tensor.numpy())
         return digest.hexdigest()
 
-    @property
-    def num_parameters(self) -> int:
-        """Return how many weights the network has, encoder and decoder together."""
-        return sum(weight.numel() for weight in self._model.parameters())
-
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode frame by frame. ValueError for a size that is not a multiple of 16: nothing is
         cut silently."""

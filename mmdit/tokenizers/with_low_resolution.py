@@ -6,13 +6,12 @@ Axes: b clip · f frame · c channel.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import resized
+from mmdit.tokenizers.twofold import Twofold
 
 
 def enlarged_latents(tokenizer: Tokenizer, pixels: Tensor, width: int, height: int) -> Tensor:
@@ -22,19 +21,14 @@ def enlarged_latents(tokenizer: Tokenizer, pixels: Tensor, width: int, height: i
     return tokenizer.encode(resized(pixels, width, height))
 
 
-class WithLowResolution(Tokenizer):
+class WithLowResolution(Twofold):
     """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
     and then those of the clip after a round trip through `tokenizer` at the size `small` (width,
     height), which is the most that a small model can draw."""
 
     def __init__(self, tokenizer: Tokenizer, small: tuple[int, int]):
-        spec = tokenizer.spec
-        self.of_clips, self.small = tokenizer, small
-        self.spec = replace(spec, channels=2 * spec.channels, mean=2 * spec.mean, std=2 * spec.std)
-
-    @property
-    def plain(self) -> Tokenizer:
-        return self.of_clips
+        super().__init__(tokenizer)
+        self.small = small
 
     @property
     def name(self) -> str:
@@ -49,7 +43,3 @@ class WithLowResolution(Tokenizer):
         height, width = pixels.shape[-2:]
         enlarged = enlarged_latents(self.plain, drawn, width, height)
         return torch.cat([self.plain.encode(pixels), enlarged], -1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode the clip, without its small twin."""
-        return self.plain.decode(latents[..., : self.plain.spec.channels])

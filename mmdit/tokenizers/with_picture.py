@@ -6,12 +6,11 @@ Axes: b clip · f frame · c channel.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from mmdit.interfaces import Picture, Tokenizer
+from mmdit.tokenizers.twofold import Twofold
 
 GREY = 0.5  # of the frames that are not given
 
@@ -26,19 +25,14 @@ def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
     return clip
 
 
-class WithPicture(Tokenizer):
+class WithPicture(Twofold):
     """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
     and then those of its first (and last) frame with grey in between, as the model is given
     them."""
 
     def __init__(self, tokenizer: Tokenizer, picture: Picture):
-        spec = tokenizer.spec
-        self.of_clips, self.picture = tokenizer, picture
-        self.spec = replace(spec, channels=2 * spec.channels, mean=2 * spec.mean, std=2 * spec.std)
-
-    @property
-    def plain(self) -> Tokenizer:
-        return self.of_clips
+        super().__init__(tokenizer)
+        self.picture = picture
 
     @property
     def name(self) -> str:
@@ -52,7 +46,3 @@ class WithPicture(Tokenizer):
         last = pixels[:, -1] if self.picture == "first_last" else None
         given = with_grey(pixels[:, 0], pixels.shape[1], last)
         return torch.cat([self.plain.encode(pixels), self.plain.encode(given)], -1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode the clip, without its pictures."""
-        return self.plain.decode(latents[..., : self.plain.spec.channels])

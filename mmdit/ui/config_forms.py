@@ -117,14 +117,6 @@ def _key(hint: Any, value: Any, path: str, about: str, usual: str) -> Key:
     return Key(path, name, about, in_words(hint), usual, text, tuple(choices), inside)
 
 
-def all_keys(form: SectionForm) -> list[str]:
-    """Return the dotted paths of all keys in a form."""
-    paths = [key.path for key in form.keys]
-    for inner in form.sections:
-        paths += all_keys(inner)
-    return paths
-
-
 # ── back ──────────────────────────────────────────────────────────────────────────────────────────
 def current_fields(fields: Mapping[str, str]) -> dict[str, str]:
     """Return the fields without those inside sections whose type was changed: they are of the old

@@ -51,8 +51,3 @@ class Templates:
     def problem(self, request: Request, message: str, status: int = 400) -> Response:
         """Return a page that says what is wrong."""
         return self.page(request, "problem.html", status, message=message)
-
-
-def one(fields: dict[str, list[str]], name: str, usual: str = "") -> str:
-    """Return the value of a field of a form, without blanks around it."""
-    return fields.get(name, [usual])[0].strip()

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import io
+import json
 import os
 import secrets
 import shutil
@@ -29,6 +30,7 @@ except ImportError:  # Windows: no locks, and nothing else depends on them
 
 UNFINISHED = ".writing-*.tmp"
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+PIECE = 1 << 22  # bytes that are read at once
 LOCK = ".lock"  # in a folder that belongs to one process at a time
 DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
 FILE_TYPES = {
@@ -121,7 +123,7 @@ class Sum:
         """Read a file once; OSError if it cannot be read."""
         result = Sum()
         with open(path, "rb") as file:
-            while piece := file.read(1 << 22):
+            while piece := file.read(PIECE):
                 result.add(piece)
         return result
 
@@ -401,6 +403,34 @@ def lines_of(text: str) -> list[str]:
     """Return the lines of a text as an editor shows them. `str.splitlines` also cuts at form feeds
     and at the separators of Unicode, which may stand in a caption and within JSON."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def read_object(path: str | Path) -> dict:
+    """Return the JSON object in a file; nothing where there is none that can be read."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def objects_in(text: str) -> Iterator[dict]:
+    """Yield the JSON objects in the lines of a text. A line without one, such as one torn by a
+    kill, is left out."""
+    for line in lines_of(text):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def hashed(digest: Any, file: IO[bytes]) -> Any:
+    """Give a hash of hashlib an open file, to its end; return it."""
+    while piece := file.read(PIECE):
+        digest.update(piece)
+    return digest
 
 
 def _check_regular(status: os.stat_result) -> None:

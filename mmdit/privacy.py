@@ -6,6 +6,7 @@ what is left, before something is sent.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shlex
@@ -110,6 +111,14 @@ def _portable_word(word: str) -> str:
     if is_local(value):
         return f"{option}{equals}{last_part(value)}"
     return without_paths(word)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def secrets() -> list[str]:

@@ -21,7 +21,7 @@ LAYERS = [
     ["models", "tokenizers", "text_encoders", "adapters", "data"],
     ["diffusion", "nn"],
     ["interfaces", "config", "rng", "weights", "terminal", "foreign", "files", "pixels", "shipped"]
-    + ["privacy"],
+    + ["privacy", "signals"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "mmdit").rglob("*.py"))

@@ -26,11 +26,11 @@ import torch
 
 from mmdit.data.batches.kept_cache import KeptCache
 from mmdit.diagnostics.recipe import DRIVER
+from mmdit.signals import handling
 from mmdit.training.errors import RunError
 from mmdit.training.graphs.common import try_again
 from mmdit.training.trainer import StopRequest
 
-STOPS = ("SIGINT", "SIGTERM")
 # What commands may set in torch: how it is read, and how it is put back.
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
@@ -151,13 +151,8 @@ def stoppable() -> Iterator[list[int]]:
         heard.append(signum)
         raise KeyboardInterrupt
 
-    numbers = [getattr(signal, name) for name in STOPS]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with handling(stop, signal.SIGINT, signal.SIGTERM):
         yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def status_of(run: Callable[[list[str]], int | None], words: list[str]) -> int:

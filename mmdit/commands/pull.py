@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from mmdit.commands.exported import Exported, commands_for
 from mmdit.commands.hub import READ, check_repository, explain_hub_errors, open_hub, size_in_words
 from mmdit.commands.push import front_matter
-from mmdit.files import flush_to_disk, lock, refuse_link, remove
+from mmdit.files import flush_to_disk, hashed, lock, refuse_link, remove
 from mmdit.foreign import read_json
 from mmdit.terminal import shown
 from mmdit.training.samples import check_writable
@@ -27,7 +27,6 @@ from mmdit.weights import INDEX
 PART = ".pulling-{}.part"  # a file on its way, by its check sum
 WEIGHTS = (".safetensors", INDEX)
 SHOWN = 8
-PIECE = 1 << 22
 
 
 @dataclass
@@ -141,14 +140,8 @@ def _is_whole(path: Path, entry: Any) -> bool:
     if path.stat().st_size != entry.size:
         return False
     begun = hashlib.sha1(f"blob {entry.size}\0".encode()) if entry.lfs is None else hashlib.sha256()
-    return _digest(path, begun) == _expected(entry)
-
-
-def _digest(path: Path, begun: Any) -> str:
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            begun.update(piece)
-    return begun.hexdigest()
+        return hashed(begun, file).hexdigest() == _expected(entry)
 
 
 def is_read(name: str) -> bool:

@@ -46,6 +46,7 @@ from mmdit.diagnostics.results_file import (
 )
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.files import lock, read_text, remove, write_atomically
+from mmdit.signals import handling
 from mmdit.training import checkpoint
 from mmdit.training.errors import RunError
 
@@ -61,16 +62,12 @@ def run_command(words: list[str], module: str = "mmdit") -> None:
             process.send_signal(signum)
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(stop, signal.SIGTERM, signal.SIGINT):
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
     if status:
         raise RunError(f"`{module} {shlex.join(words)}` ended with status {status}; see above")
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 from pathlib import Path
 
 from mmdit.diagnostics.curves import number_of
-from mmdit.files import read_text
+from mmdit.files import read_object
 from mmdit.training.checkpoint import complete
 from mmdit.training.metrics import clock
 from mmdit.training.run_start import read_starts
@@ -61,9 +60,7 @@ def stored_versions(run: Path) -> str:
     """Return what the newest checkpoint of a run says of versions; nothing if there is none that
     can be read."""
     for folder in reversed(complete(run)):
-        try:
-            row = json.loads(read_text(folder / "checkpoint.json"))
+        row = read_object(folder / "checkpoint.json")
+        if "step" in row and "versions" in row:
             return f"checkpoint of step {row['step']}: {row['versions']}"
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue
     return ""

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.files import hashed
 from mmdit.foreign import explain_errors, read_json
 from mmdit.interfaces import Tokenizer
 from mmdit.interop import i3d, inception
@@ -148,8 +149,7 @@ def digest(files: list[Path]) -> str:
     result = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while piece := stream.read(1 << 22):
-                result.update(piece)
+            hashed(result, stream)
     return result.hexdigest()
 
 

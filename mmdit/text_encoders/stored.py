@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmdit.files import clean, read_text, write_atomically
+from mmdit.files import clean, hashed, read_object, write_atomically
 from mmdit.weights import bytes_of, tensor_pieces
 
 
@@ -46,27 +46,17 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
     """Return a hash like `encoder_key`, of weight files that are not loaded. Hashing gigabytes
     takes seconds, so `folder` remembers the hash of a file by its path, size and time."""
     memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
-    try:
-        known = json.loads(read_text(memory))
-    except (OSError, ValueError):
-        known = {}
+    known = read_object(memory)
     for file in files:
         stat = file.stat()
         place = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         if not isinstance(known.get(place), str):
             with file.open("rb") as stream:
-                known[place] = _digest(stream)
+                known[place] = hashed(hashlib.sha256(), stream).hexdigest()
             with contextlib.suppress(OSError):  # a folder that can only be read
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(memory, json.dumps(known))
         digest.update(known[place].encode())
-    return digest.hexdigest()
-
-
-def _digest(stream) -> str:
-    digest = hashlib.sha256()
-    while data := stream.read(2**24):
-        digest.update(data)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmdit.files import Sum, read_text
+from mmdit.files import Sum, read_object
 from mmdit.training.checkpoint import META, Meta
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import whole
@@ -23,10 +23,7 @@ def identity(source: Path) -> int | None:
     if source.is_file():
         crc = header_of(source).get("crc32")
         return None if crc is None else int(crc)
-    try:
-        return json.loads(read_text(source / META)).get("crc32")
-    except (OSError, ValueError):
-        return None
+    return read_object(source / META).get("crc32")
 
 
 def sum_of(states: Iterable[Mapping[str, Tensor]], *texts: object) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdit.files import read_text, write_atomically
+from mmdit.files import objects_in, read_text, write_atomically
 from mmdit.training.errors import record_failure
 from mmdit.training.media import (
     contact_sheet,
@@ -144,13 +144,8 @@ class Previews:
 def read_scores(path: Path) -> list[dict]:
     """Return the lines of samples/scores.jsonl, in the order of steps; none if there is no file.
     A torn line is left out."""
-    rows = []
-    if path.is_file():
-        for line in read_text(path).splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                row = json.loads(line)
-                rows += [row] if isinstance(row.get("step"), int) else []
-    return rows
+    rows = objects_in(read_text(path)) if path.is_file() else ()
+    return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def _score_text(values: dict[str, float]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import mmdit
-from mmdit.files import lines_of, naming, read_text, refuse_link
+from mmdit.files import naming, objects_in, read_text, refuse_link
 from mmdit.training.distributed import World
 
 STARTS = "starts.jsonl"
@@ -46,19 +46,10 @@ def record_start(run_dir: Path, world: World, step: int, data: str, command: str
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the starts of a run, in order; none for one of an older version."""
-    rows = []
     try:
-        lines = lines_of(read_text(run_dir / STARTS, "replace"))
+        return list(objects_in(read_text(run_dir / STARTS, "replace")))
     except OSError:
         return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # torn by a kill
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def continues(run_dir: Path, world: World) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmdit.config import differences
 from mmdit.data.dataset.sources import is_sheet
-from mmdit.files import expanded, read_text, real_path, write_atomically
+from mmdit.files import expanded, read_object, real_path, write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -268,15 +268,12 @@ def _row(file: str, request: Request) -> dict[str, Any]:
 
 def _stored_story(folder: Path) -> dict:
     """Return what samples.json says; nothing if it is none of ours."""
-    try:
-        old = json.loads(read_text(folder / STORY))
-        rows = old["samples"]
-        good = isinstance(rows, list) and all(
-            isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows
-        )
-        return old if good else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    old = read_object(folder / STORY)
+    rows = old.get("samples")
+    good = isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("file"), str) for row in rows
+    )
+    return old if good else {}
 
 
 def stored_requests(folder: Path) -> dict[int, Request]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws, key
+from mmdit.signals import handling, hang_ups
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError, StepsSkipped, record_failure
@@ -49,20 +50,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self):
-        wanted = [signal.SIGTERM, signal.SIGINT]
-        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:  # ignored: by nohup
-            wanted.append(hang_up)
-        try:
-            previous = {s: signal.signal(s, self._ask) for s in wanted}
-        except ValueError:  # not the main thread: no signals here
+        with handling(self._ask, signal.SIGTERM, signal.SIGINT, *hang_ups()):
             yield self
-            return
-        try:
-            yield self
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
 
 
 @dataclass

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mmdit.files import read_text, write_atomically
+from mmdit.files import read_object, read_text, write_atomically
 from mmdit.ui.processes import is_alive, is_identity, terminate
 
 FOLDER = ".jobs"
@@ -278,12 +278,7 @@ def as_shown(text: str) -> str:
 
 def read_status(folder: Path) -> dict:
     """Return status.json of a job folder, or nothing; what no runner writes is left out."""
-    try:
-        status = json.loads(read_text(folder / "status.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(status, dict):
-        return {}
+    status = read_object(folder / "status.json")
     known = {name: status[name] for name in ("runner", "child") if is_identity(status.get(name))}
     for name in ("queued", "started", "stop_asked", "ended", "exit"):
         if isinstance(status.get(name), int | float | None) and name in status:

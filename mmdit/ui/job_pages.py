@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mmdit.files import lines_of, real_path
+from mmdit.files import objects_in, real_path
 from mmdit.shipped import ROOTS
 from mmdit.training.run_folder import is_run, text_of
 from mmdit.ui.config_forms import current_fields
@@ -211,9 +210,6 @@ def skipped_of(folder: Path) -> list[dict]:
     """Return the items that were left out of a cache, each with `id` and `reason`."""
     rows = []
     for path in sorted(folder.glob("skipped*.jsonl")):
-        for line in lines_of(text_of(path)):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append({"id": row.get("id"), "reason": row.get("reason")})
+        for row in objects_in(text_of(path)):
+            rows.append({"id": row.get("id"), "reason": row.get("reason")})
     return rows[:MOST_SKIPPED]

@@ -4,7 +4,6 @@ left out, and why."""
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ from mmdit.data.dataset.frames import PreprocessConfig, crop_of
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Record
 from mmdit.data.dataset.stamps import compare_stamp
-from mmdit.files import lines_of, read_text
+from mmdit.files import objects_in, read_text
 
 EXAMPLES = 5
 
@@ -136,9 +135,9 @@ def skipped(folder: Path) -> dict:
     caching writes are passed over."""
     skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
-        for line in lines_of(read_text(path, "replace")):
-            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
-                skips.append(Skip.from_json(json.loads(line)))
+        for row in objects_in(read_text(path, "replace")):
+            with contextlib.suppress(TypeError, LookupError):
+                skips.append(Skip.from_json(row))
     return {
         "items": len(skips),
         "reasons": {problem: len(group) for problem, group in by_problem(skips).items()},

@@ -39,7 +39,7 @@ from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import (
     open_regular,
     read_bytes,
-    read_text,
+    read_object,
     remove,
     replace_folder,
     write_atomically,
@@ -340,7 +340,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
         write_atomically(note, json.dumps({"stamp": stamp, "format": suffix}))
 
     if folder.is_dir():
-        made_from = _read_note(note)  # of an older version: nothing
+        made_from = read_object(note)  # of an older version: nothing
         state, stamp = compare_stamp(record.source, made_from.get("stamp"), fps)
         kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
         if kept or not made_from:
@@ -355,12 +355,3 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
         remove(folder)  # frames of another video
     write_note(stamp)
     return number
-
-
-def _read_note(path: Path) -> dict:
-    """Return what a folder of frames was made from."""
-    try:
-        note = json.loads(read_text(path))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}

@@ -24,9 +24,9 @@ from typing import Literal
 from mmdit.data.dataset.frames import SUFFIXES
 from mmdit.data.dataset.members import Member, VideoSpan
 from mmdit.data.dataset.problems import Unusable
+from mmdit.files import hashed
 
 State = Literal["same", "renewed", "older", "changed", "gone", "missing"]
-PIECE = 1 << 20  # bytes read at once
 
 
 def stamp_of(path: str | Member | VideoSpan, fps: float = 0.0) -> dict[str, str]:
@@ -88,8 +88,7 @@ class _Inside:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             digest.update(_hash("", str(size)).encode())
-            while piece := file.read(PIECE):
-                digest.update(piece)
+            hashed(digest, file)
         return self.quick_stamp() | {"content": digest.hexdigest()[:16]}
 
     def older_stamp(self) -> None:
@@ -123,8 +122,7 @@ class _Source:
                 continue
             digest.update(_hash(name, str(status.st_size)).encode())
             with open(os.path.join(self.path, name) if name else self.path, "rb") as file:
-                while piece := file.read(PIECE):
-                    digest.update(piece)
+                hashed(digest, file)
         return self.quick_stamp() | {"content": digest.hexdigest()[:16]}
 
     def older_stamp(self) -> int | str:

@@ -37,8 +37,8 @@ from mmdit.data.preparing.caption_pictures import shown_pictures
 from mmdit.data.preparing.caption_server import ServerFailed, ServerRefused
 from mmdit.data.preparing.caption_texts import clean_caption
 from mmdit.data.preparing.in_threads import done_in_threads
-from mmdit.data.preparing.interruption import interruptible
 from mmdit.files import clean, is_full, lock, read_bytes, real_path
+from mmdit.signals import interruptible
 
 NOTES = "captions_made.jsonl"
 WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long

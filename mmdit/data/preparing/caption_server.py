@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import http.client
 import io
-import ipaddress
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from mmdit.data.dataset.problems import Unusable
+from mmdit.privacy import is_loopback
 from mmdit.terminal import shown
 
 KEY = "MMDIT_CAPTION_KEY"  # the environment variable
@@ -82,7 +82,7 @@ class ServerCaptioner:
             )
         if self.key and not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(f"{KEY} holds characters that no key has, perhaps a line end")
-        if self.key and parts.scheme == "http" and not _is_this_machine(parts.hostname):
+        if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ValueError(
                 f"{KEY} is set, and http:// would show it to the network between here and"
                 f" {parts.hostname}: use https://, a tunnel to localhost, or unset it"
@@ -182,13 +182,6 @@ class ServerCaptioner:
         if self.key:
             text = text.replace(self.key, "***")
         return shown(" ".join(text.split())[:200])
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -25,9 +25,16 @@ from mmdit.data.dataset.records import Record, check_id
 from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.dataset.written_lines import write_lines
 from mmdit.data.preparing.film_signals import FilmSignals
-from mmdit.data.preparing.interruption import interruptible
 from mmdit.data.preparing.shots import ShotSettings, columns, cut_into_clips, duration
-from mmdit.files import clean, is_full, read_text, release_folder, take_folder, write_atomically
+from mmdit.files import (
+    clean,
+    is_full,
+    read_object,
+    release_folder,
+    take_folder,
+    write_atomically,
+)
+from mmdit.signals import interruptible
 
 WRITE_SECONDS = 10.0  # so often the lines are written while films are measured
 NOTE = "clips.json"  # what the lines of a folder were made with
@@ -237,10 +244,7 @@ class ClipPreparation:
         """Note which settings differ from those of the last run, and store these."""
         path = self.out_dir / NOTE
         settings = asdict(self.settings)
-        try:
-            before = json.loads(read_text(path))
-        except (OSError, ValueError):
-            before = None
-        if isinstance(before, dict):
+        before = read_object(path)
+        if before:
             self.report.changed_settings = differences(before, settings)
         write_atomically(path, json.dumps(settings, indent=1) + "\n")

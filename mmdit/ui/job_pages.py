@@ -19,7 +19,7 @@ from mmdit.ui.job_files import Job, JobStore
 from mmdit.ui.job_requests import JobRequest, Workplace, again
 from mmdit.ui.run_folders import find_runs
 from mmdit.ui.run_pages import SHOWN_FILES, send_picture
-from mmdit.ui.templating import Templates, utf8
+from mmdit.ui.templating import Templates, or_not_there, utf8
 
 MOST_PICTURES, MOST_SKIPPED, MOST_CONFIGS = 64, 200, 500
 
@@ -58,10 +58,8 @@ class JobPages:
         if request.method == "POST":
             form = request.scope["form"]
             fields = {name: values[-1] for name, values in form.items()}
-        try:
+        with or_not_there():
             asked = JobRequest(self.place, request.path_params["command"], fields)
-        except ValueError as error:
-            return self.templates.problem(request, str(error), 404)
         if asked.has_config and not asked.config_path:
             return self.templates.page(
                 request,
@@ -113,10 +111,7 @@ class JobPages:
     # ── one job ──
     def job(self, request: Request) -> Response:
         """Show one job."""
-        try:
-            job = self.place.store.read(request.path_params["job"])
-        except ValueError as error:
-            return self.templates.problem(request, str(error), 404)
+        job = self._job(request)
         return self.templates.page(
             request,
             "job.html",
@@ -130,6 +125,10 @@ class JobPages:
             created=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.created)),
         )
 
+    def _job(self, request: Request) -> Job:
+        with or_not_there():
+            return self.place.store.read(request.path_params["job"])
+
     def _run_name(self, job: Job) -> str | None:
         """Return the name of the run that the job fills, as soon as this server shows it."""
         root = self.runs.resolve()
@@ -139,10 +138,7 @@ class JobPages:
 
     def facts(self, request: Request) -> Response:
         """Return the state, log and pictures of a job as JSON."""
-        try:
-            job = self.place.store.read(request.path_params["job"])
-        except ValueError as error:
-            return JSONResponse({"error": str(error)}, 404)
+        job = self._job(request)
         state = self.place.store.state(job)
         return JSONResponse(
             {
@@ -157,22 +153,20 @@ class JobPages:
 
     def stop(self, request: Request) -> Response:
         """Ask a job to stop."""
+        job = self._job(request)
         try:
-            job = self.place.store.read(request.path_params["job"])
-            self.place.store.stop(job.id)
-        except ValueError as error:
-            return self.templates.problem(request, str(error), 404)
+            with or_not_there():
+                self.place.store.stop(job.id)
         except OSError as error:  # a full disk, or a job of another user
             return self.templates.problem(request, str(error))
         return RedirectResponse(f"/job/{job.id}", 303)
 
     def again(self, request: Request) -> Response:
         """Start a job once more, which goes on where it was stopped."""
+        old = self._job(request)
         try:
-            old = self.place.store.read(request.path_params["job"])
-            new = again(self.place, old)
-        except ValueError as error:
-            return self.templates.problem(request, str(error), 404)
+            with or_not_there():
+                new = again(self.place, old)
         except OSError as error:  # a full disk
             return self.templates.problem(request, str(error))
         return RedirectResponse(f"/job/{new.id}", 303)

@@ -17,7 +17,7 @@ from mmdit.training.run_start import read_starts
 from mmdit.ui.job_files import JobState
 from mmdit.ui.metric_series import MetricStore, last_record
 from mmdit.ui.run_folders import config_difference, find_runs, held_locks
-from mmdit.ui.templating import Templates
+from mmdit.ui.templating import NotThere, Templates, or_not_there
 
 SHOWN_FILES = {".png": "image/png", ".mp4": "video/mp4", ".gif": "image/gif"}
 MOST_RUNS = 8  # over each other
@@ -112,12 +112,10 @@ class RunPages:
 
     def run(self, request: Request) -> Response:
         """Show one run: state, curves, previews, configuration."""
-        try:
+        with or_not_there():
             run = RunFolder(self.runs, request.path_params["name"])
             other = request.query_params.get("against")
             difference = config_difference(RunFolder(self.runs, other), run) if other else []
-        except ValueError as error:
-            return self.templates.problem(request, str(error), 404)
         others = [one.name for one in find_runs(self.runs) if one.name != run.name]
         return self.templates.page(
             request,
@@ -138,10 +136,7 @@ class RunPages:
 
     def compare(self, request: Request) -> Response:
         """Show several runs over each other, and how their configurations differ."""
-        try:
-            runs = self._chosen(request)
-        except ValueError as error:
-            return self.templates.problem(request, str(error), 404)
+        runs = self._chosen(request)
         first, *others = runs
         differences = {run.name: config_difference(first, run) for run in others}
         previews = {run.name: run.previews() for run in runs}
@@ -156,24 +151,19 @@ class RunPages:
     def _chosen(self, request: Request) -> list[RunFolder]:
         names = request.query_params.getlist("run")
         if not 1 <= len(names) <= MOST_RUNS:
-            raise ValueError(f"choose 1 to {MOST_RUNS} runs, not {len(names)}")
-        return [RunFolder(self.runs, name) for name in dict.fromkeys(names)]
+            raise NotThere(f"choose 1 to {MOST_RUNS} runs, not {len(names)}")
+        with or_not_there():
+            return [RunFolder(self.runs, name) for name in dict.fromkeys(names)]
 
     def curves(self, request: Request) -> Response:
         """Return the curves of the chosen runs as JSON."""
-        try:
-            runs = self._chosen(request)
-        except ValueError as error:
-            return JSONResponse({"error": str(error)}, 404)
+        runs = self._chosen(request)
         panels = self.store.panels([run.folder for run in runs])
         return JSONResponse({"runs": [run.name for run in runs], "panels": panels})
 
     def states(self, request: Request) -> Response:
         """Return the state of the chosen runs as JSON, and their newest previews."""
-        try:
-            runs = self._chosen(request)
-        except ValueError as error:
-            return JSONResponse({"error": str(error)}, 404)
+        runs = self._chosen(request)
         rows = self._rows(runs)
         for row, run in zip(rows, runs, strict=True):
             row["previews"] = run.previews()
@@ -182,10 +172,8 @@ class RunPages:
     def file(self, request: Request) -> Response:
         """Return a preview of a run: `/files/<run>/samples/step_…/grid.png`."""
         name, _, rest = request.path_params["name"].partition("/samples/")
-        try:
+        with or_not_there():
             run = RunFolder(self.runs, name)
             path = real_path(run.folder / "samples" / rest)
-        except ValueError as error:
-            return JSONResponse({"error": str(error)}, 404)
         answer = send_picture(path) if path.is_relative_to(run.folder / "samples") else None
         return answer or JSONResponse({"error": "there is no such picture"}, 404)

@@ -9,18 +9,18 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from mmdit.ui.access import COOKIE, SIGN_IN, Access, Guard, sign_in
+from mmdit.ui.access import COOKIE, DATA, SIGN_IN, Access, Guard, sign_in
 from mmdit.ui.data_pages import DataPages
 from mmdit.ui.job_pages import JobPages
 from mmdit.ui.job_requests import Workplace
 from mmdit.ui.playground import Playground
 from mmdit.ui.run_pages import RunPages
-from mmdit.ui.templating import Templates
+from mmdit.ui.templating import NotThere, Templates
 
 STATIC = Path(__file__).parent / "static"
 
@@ -62,6 +62,11 @@ def build_app(settings: Settings) -> ASGIApp:
     def missing(request: Request, error: Exception) -> Response:
         return templates.problem(request, "There is no such page.", 404)
 
+    def explained(request: Request, error: Exception) -> Response:
+        if request.url.path.startswith(DATA):
+            return JSONResponse({"error": str(error)}, 404)
+        return templates.problem(request, str(error), 404)
+
     app = Starlette(
         routes=[
             Route(SIGN_IN, show_sign_in, methods=["GET", "POST"]),
@@ -69,7 +74,7 @@ def build_app(settings: Settings) -> ASGIApp:
             *(route for room in rooms for route in room.routes()),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        exception_handlers={404: missing},
+        exception_handlers={404: missing, NotThere: explained},
     )
     return Access(app, guard)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,6 +24,19 @@ def address_part(value: str | dict[str, str]) -> str:
     if isinstance(value, dict):
         return do_urlencode({name: utf8(text) for name, text in value.items()})
     return do_urlencode(utf8(value))
+
+
+class NotThere(Exception):
+    """Says that what an address names is not there."""
+
+
+@contextlib.contextmanager
+def or_not_there() -> Iterator[None]:
+    """Raise NotThere for a ValueError about what a request names."""
+    try:
+        yield
+    except ValueError as error:
+        raise NotThere(str(error)) from None
 
 
 class Templates:

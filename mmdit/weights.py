@@ -8,7 +8,7 @@ import json
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -65,6 +65,11 @@ class Stored(Protocol):
     entries: dict[str, Entry]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def shapes_of(entries: Mapping[str, Entry], names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of stored tensors by other `names`, which those without one keep."""
+    return {names.get(name, name): entry.shape for name, entry in entries.items()}
 
 
 def scaled_float8(name: str, codes: Tensor, scale: Tensor) -> Tensor:
@@ -301,6 +306,11 @@ def unpickled_tensors(file: Path) -> dict[str, Tensor]:
     return content
 
 
+def parameter_count(module: nn.Module) -> int:
+    """Return how many weights a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def is_finite(values: Tensor) -> bool:
     """Return whether every element is a finite number, without a copy of the size of `values`. A
     tensor without memory (meta) holds none that is not."""
@@ -338,7 +348,7 @@ def check_fits(
     """Raise ValueError, in one sentence, unless the tensors of `stored` are the parameters of
     `model`, as numbers: others lack, are unknown or misshapen, or are quantised. See `fill`."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shapes = {names.get(name, name): entry.shape for name, entry in stored.entries.items()}
+    shapes = shapes_of(stored.entries, names)
     if scales := [name for name in stored.entries if SCALES.search(name)]:
         raise ValueError(
             f"{source} is quantised: {len(scales)} scale tensors such as {scales[0]}; take the bf16"

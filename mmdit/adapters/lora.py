@@ -20,6 +20,7 @@ from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, i
 from mmdit.config import ConfigError, Section, least
 from mmdit.interfaces import Denoiser
 from mmdit.nn.stored_weights import StoredWeight
+from mmdit.weights import parameter_count
 
 Make = Callable[[nn.Linear, torch.Generator], Adapter]
 
@@ -454,6 +455,6 @@ def coverage(model: nn.Module) -> str:
                 " cross-attention alone changes words"
             )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    whole = parameter_count(model)
     share = trained / max(whole, 1)
     return "\n".join([*lines, f"trainable: {trained:,} of {whole:,} parameters ({share:.2%})"])

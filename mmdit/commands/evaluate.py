@@ -23,6 +23,7 @@ from mmdit.training.memory.host import keep_freed_memory
 from mmdit.training.memory.sampling_offload import offload_pipeline
 from mmdit.training.origin import identity
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.weights import parameter_count
 
 Shown = list[tuple[Tensor, str]]  # samples for a sheet, with their captions
 
@@ -76,7 +77,7 @@ def evaluate(
     report |= {
         "settings": asdict(settings),
         "step": pipeline.step,
-        "parameters": sum(weight.numel() for weight in pipeline.learner.parameters()),
+        "parameters": parameter_count(pipeline.learner),
         "machine": machine(pipeline.device),
         "memory_gb": peak_memory(pipeline.device),
         "seconds": time.perf_counter() - start,

@@ -22,6 +22,7 @@ from mmdit.privacy import NEEDED, last_part, portable_config
 from mmdit.training.checkpoint import Meta, Weights, load_weights
 from mmdit.training.expert_choice import joint_choice
 from mmdit.training.exporting import export
+from mmdit.weights import parameter_count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -182,7 +183,7 @@ def _write_pipeline(args: argparse.Namespace, command: str) -> tuple[Exported, l
     )
     out = Path(args.out)
     save_pipeline(pipeline, config, out, DTYPES.get(args.dtype), args.checkpoint)
-    parameters = sum(weight.numel() for weight in pipeline.learner.parameters())
+    parameters = parameter_count(pipeline.learner)
     exported = Exported(
         out,
         args.layout,

@@ -28,6 +28,7 @@ from mmdit.training.media import contact_sheet, grid_video, save_image, save_vid
 from mmdit.training.metrics import clock
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.runs import discard
+from mmdit.weights import parameter_count
 
 SHIPPED = "assets/moving_shapes_64.safetensors"
 CONFIG = "configs/quickstart.yaml"
@@ -173,7 +174,7 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     return {
         **summary(images),
         "video": summary(videos),
-        "parameters": parameters(pipeline),
+        "parameters": parameter_count(pipeline.learner),
         "checkpoint": SHIPPED,
     }
 
@@ -181,10 +182,6 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
 def enlarge(clip: torch.Tensor, factor: int) -> torch.Tensor:
     """Pixels repeated, so that a small clip can be seen."""
     return clip.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
-
-
-def parameters(pipeline: Pipeline) -> int:
-    return sum(p.numel() for p in pipeline.learner.parameters())
 
 
 def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds: float) -> int:
@@ -269,7 +266,7 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     images = score(pipeline, config, 1, plan.count, settings)
     return {
         **summary(images),
-        "parameters": parameters(pipeline),
+        "parameters": parameter_count(pipeline.learner),
         "steps": steps,
         "train_seconds": round(seconds, 1),
         "checkpoint": str(config.run_dir),

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[
     array = np.asarray(values)
     edges = np.linspace(0, len(array) - 1, POINTS // 2).astype(int)
     chosen = {len(array) - 1}
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         part = array[first:end]
         chosen |= {first + int(part.argmin()), first + int(part.argmax())}
     places = sorted(chosen)

@@ -62,6 +62,7 @@ from mmdit.training.trackers import Tracker, require_library, tracking
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 from mmdit.training.validation import Validation
+from mmdit.weights import parameter_count
 
 
 def run_training(
@@ -325,7 +326,7 @@ def describe(
     """Say what is about to happen."""
 
     def millions(module: nn.Module) -> str:
-        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+        return f"{parameter_count(module) / 1e6:.1f} M"
 
     print(f"run folder {config.run_dir}")
     print(

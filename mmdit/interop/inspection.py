@@ -12,7 +12,7 @@ from mmdit.adapters import is_adapter
 from mmdit.interop.lora_names import PARTS, common_prefix
 from mmdit.interop.wan_weights import EXPERT_FOLDERS, Expert, infer_config, locate, official_names
 from mmdit.terminal import shown
-from mmdit.weights import DTYPES, SCALES, Checkpoint, Entry
+from mmdit.weights import DTYPES, SCALES, Checkpoint, Entry, shapes_of
 
 # bytes of a number, by the name of its type in a header or a pickle; others have 1
 BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
@@ -105,7 +105,7 @@ def _kind(entries: dict) -> dict:
         return {**adapter, **model, "kind": f"{model['kind']} with {adapter['kind']}"}
     names, layout, prefix = official_names(list(entries))
     try:
-        config = infer_config({names[name]: entry.shape for name, entry in entries.items()}, "")
+        config = infer_config(shapes_of(entries, names), "")
     except ValueError:
         return {
             "kind": next((title for name, title in TITLES.items() if name in entries), "unknown")

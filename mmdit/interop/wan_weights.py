@@ -28,7 +28,16 @@ from mmdit.models.wan_denoiser import WanDenoiser, WanModelConfig
 from mmdit.models.wan_names import BLOCK_MODULES, MODULES, PARAMETERS, diffusers_name
 from mmdit.nn.encodings import ENCODINGS
 from mmdit.nn.stored_weights import StoredWeight, store
-from mmdit.weights import INDEX, SCALES, Checkpoint, fill, is_finite, scaled_float8, tensor_pieces
+from mmdit.weights import (
+    INDEX,
+    SCALES,
+    Checkpoint,
+    fill,
+    is_finite,
+    scaled_float8,
+    shapes_of,
+    tensor_pieces,
+)
 
 Expert = Literal["high", "low"]
 Layout = Literal["official", "diffusers"]
@@ -187,7 +196,7 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfi
 def stored_sizes(stored: Checkpoint, source: object) -> WanConfig:
     """Return what `infer_config` reads from the headers of a file."""
     names = official_names(list(stored.entries))[0]
-    return infer_config({names[n]: entry.shape for n, entry in stored.entries.items()}, source)
+    return infer_config(shapes_of(stored.entries, names), source)
 
 
 def _no_transformer(names: Iterable[str], source: object, error: Exception) -> str:
@@ -301,7 +310,7 @@ def load_dit(
             f" {loose[0]}): most programs would leave them out; write it anew with the adapters"
             " merged"
         )
-    shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
+    shapes = shapes_of(stored.entries, names)
     inferred = infer_config(shapes, place)
     folder = (
         place.parent if place.name.startswith(WEIGHTS) else place

@@ -18,7 +18,15 @@ from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 from mmdit.scripts.listing import advised
 
-USUAL = ShotSettings()
+SETTINGS = {
+    "min_seconds": "shorter shots are left out",
+    "max_seconds": "longer shots are cut into equal clips",
+    "cut": "least difference of two frames at a cut, of 255: less finds more",
+    "black": "frames darker than this share of white are left out; 0 keeps all",
+    "still": (
+        "clips whose frames, 32 apart, never differ by more, of 255, are left out; 0 keeps all"
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,44 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         "--meta_jsonl", type=Path, required=True, help="lines with video_path (prepare-folder)"
     )
     parser.add_argument("--out_dir", type=Path, required=True, help="where the lines of clips go")
-    parser.add_argument(
-        "--min_seconds",
-        type=number,
-        default=USUAL.min_seconds,
-        help=f"shorter shots are left out [{USUAL.min_seconds:g}]",
-    )
-    parser.add_argument(
-        "--max_seconds",
-        type=number,
-        default=USUAL.max_seconds,
-        help=f"longer shots are cut into equal clips [{USUAL.max_seconds:g}]",
-    )
-    parser.add_argument(
-        "--cut",
-        type=number,
-        default=USUAL.cut,
-        help=f"least difference of two frames at a cut, of 255: less finds more [{USUAL.cut:g}]",
-    )
-    parser.add_argument(
-        "--black",
-        type=number,
-        default=USUAL.black,
-        help=f"frames darker than this share of white are left out; 0 keeps all [{USUAL.black:g}]",
-    )
-    parser.add_argument(
-        "--still",
-        type=number,
-        default=USUAL.still,
-        help=(
-            "clips whose frames, 32 apart, never differ by more, of 255, are left out; 0 keeps all"
-            f" [{USUAL.still:g}]"
-        ),
-    )
+    for name, about in SETTINGS.items():
+        usual = getattr(ShotSettings, name)
+        parser.add_argument(f"--{name}", type=number, default=usual, help=f"{about} [{usual:g}]")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        settings = ShotSettings(
-            args.cut, args.min_seconds, args.max_seconds, args.black, args.still
-        )
+        settings = ShotSettings(**{name: getattr(args, name) for name in SETTINGS})
         out = args.out_dir / args.meta_jsonl.name
         if real_path(out) == real_path(args.meta_jsonl):
             raise ValueError(f"--out_dir is the folder of {out}, which would be replaced by clips")

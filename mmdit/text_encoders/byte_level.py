@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmdit.config import MOST_BLOCKS, ConfigError, most
+from mmdit.config import MOST_BLOCKS, ConfigError, least, most
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.nn.attention import Attention, attend
 from mmdit.nn.feedforward import GELU
 from mmdit.nn.norm import RMSNorm, rms_norm
-from mmdit.text_encoders.words import WordRows, check_length, place_table, split_words
+from mmdit.text_encoders.words import MOST_WORDS, WordRows, place_table, split_words
 
 WORD_BYTES = 16  # longer words become several tokens
 NO_BYTE = 0
@@ -55,11 +55,11 @@ class ByteLevelConfig(TextEncoderSection):
                 f"is {self.lr_scale}; must be above 0 and at most 1000; freeze: true trains"
                 " nothing",
             )
-        for name, least in (("dim", 2), ("depth", 0), ("num_heads", 1), ("max_length", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(name, f"is {getattr(self, name)}; must be at least {least}")
+        least(self, 2, "dim")
+        least(self, 0, "depth")
+        least(self, 1, "num_heads", "max_length")
         most(self, MOST_BLOCKS, "depth")
-        check_length(self.max_length)
+        most(self, MOST_WORDS, "max_length")
         if self.convolution < 1 or self.convolution % 2 == 0:
             raise ConfigError(
                 "convolution",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmdit.foreign import count_blocks, read_json
 from mmdit.nn.attention import attend
 from mmdit.pixels import CLIP, Standard
-from mmdit.weights import Checkpoint, Entry, fill
+from mmdit.weights import Checkpoint, Entry, fill, shapes_of
 
 # in official and Diffusers releases
 PLACES = ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder")
@@ -164,7 +164,7 @@ def load_clip_vision(
     place = next((path / name for name in PLACES if (path / name).exists()), path)
     stored = _Split(Checkpoint(place))
     names = {name: our_name(name) for name in stored.entries}
-    shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
+    shapes = shapes_of(stored.entries, names)
     try:
         places, dim = shapes["pos_embedding"]
         matches = (re.match(r"transformer\.(\d+)\.", name) for name in shapes)

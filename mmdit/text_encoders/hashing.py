@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit import rng
-from mmdit.config import ConfigError
+from mmdit.config import ConfigError, most
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
-from mmdit.text_encoders.words import WordRows, check_length, place_table, split_words
+from mmdit.text_encoders.words import MOST_WORDS, WordRows, place_table, split_words
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HashConfig(TextEncoderSection):
             raise ConfigError("dim", f"is {self.dim}; must be even and at least 2; 256 is usual")
         if self.max_length < 1:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 word")
-        check_length(self.max_length)
+        most(self, MOST_WORDS, "max_length")
         if not self.freeze:
             raise ConfigError(
                 "freeze", "is false, but hash has nothing to train; set true, or type: byte_level"

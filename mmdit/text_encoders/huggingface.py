@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit.config import ConfigError, FilePath
+from mmdit.config import ConfigError, FilePath, most
 from mmdit.files import expanded
 from mmdit.interfaces import TextEncoder, TextEncoderSection, TextTokens
 from mmdit.text_encoders.stored import RecentEmbeddings, StoredEmbeddings, encoder_key
@@ -21,7 +21,7 @@ from mmdit.text_encoders.transformers_loading import (
     most_tokens,
     network_settings,
 )
-from mmdit.text_encoders.words import check_length
+from mmdit.text_encoders.words import MOST_WORDS
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class HuggingFaceConfig(TextEncoderSection):
             )
         if self.max_length < 1:
             raise ConfigError("max_length", f"is {self.max_length}; must be at least 1 token")
-        check_length(self.max_length)
+        most(self, MOST_WORDS, "max_length")
         if self.cache_mb < 0:
             raise ConfigError(
                 "cache_mb", f"is {self.cache_mb}; must be at least 0 (0: nothing is kept)"

@@ -31,7 +31,7 @@ from mmdit.text_encoders.huggingface import (
 )
 from mmdit.text_encoders.stored import StoredEmbeddings, files_key
 from mmdit.text_encoders.transformers_loading import explained
-from mmdit.weights import Checkpoint, Keep, fill, is_wan_release
+from mmdit.weights import Checkpoint, Keep, fill, is_wan_release, shapes_of
 
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
@@ -245,7 +245,7 @@ def _load(
     import transformers
 
     names = {name: transformers_name(name) for name in stored.entries}
-    shapes = {names[name]: entry.shape for name, entry in stored.entries.items()}
+    shapes = shapes_of(stored.entries, names)
     attention = "encoder.block.0.layer.0.SelfAttention"
     try:
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]

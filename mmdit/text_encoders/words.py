@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit.config import ConfigError
 from mmdit.nn.position import rotary_tables
 
 logger = logging.getLogger(__name__)
@@ -41,12 +40,6 @@ def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
     while last > first and unicodedata.category(chunk[last - 1]).startswith("P"):
         last -= 1
     return list(chunk[:first]), _PARTS.findall(chunk[first:last]), list(chunk[last:])
-
-
-def check_length(max_length: int) -> None:
-    """Raise ConfigError for a caption so long that its tables alone would fill the memory."""
-    if max_length > MOST_WORDS:
-        raise ConfigError("max_length", f"is {max_length}; must be at most {MOST_WORDS}")
 
 
 def place_table(max_length: int, dim: int) -> Tensor:

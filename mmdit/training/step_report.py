@@ -31,7 +31,7 @@ WIDE = BINS // LEVELS
 class TakenStep(NamedTuple):
     """One step of this rank, on its device: `norm` and `skipped ()`."""
 
-    # (n,): of its samples.
+    # (n,): of its samples, at the times `t`.
     losses: Tensor
     t: Tensor
     norm: Tensor
@@ -53,21 +53,6 @@ class Window:
         self.flops = 0
         self.forward = ForwardTimer(device)
         self.steps: list[StepFacts] = []  # once they were read
-
-    def add(
-        self,
-        losses: Tensor,
-        t: Tensor,
-        ids: list[str],
-        norm: Tensor,
-        skipped: Tensor,
-        expert: str,
-        signs: Tensor | None,
-        sound: Tensor,
-    ) -> None:
-        """Add one step of this rank: `losses (n,)` of its samples at the times `t (n,)`; `sound
-        (n,)`: their latents are finite."""
-        self.taken.append(TakenStep(losses, t, norm, skipped, expert, signs, ids, sound))
 
     def read(self, world: World) -> list[StepFacts]:
         """Return the steps since the last read, of all ranks (which must all ask). It waits for the

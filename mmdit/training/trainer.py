@@ -24,7 +24,7 @@ from mmdit.training.metrics import Timer
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.parallel import ParallelConfig, accumulating, wrap
 from mmdit.training.saving import BackgroundSaves
-from mmdit.training.step_report import Reporter, Window
+from mmdit.training.step_report import Reporter, TakenStep, Window
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
@@ -232,7 +232,8 @@ class Trainer:
         state.optimizer.zero_grad()
         ids = [id for batch in micro_batches for id in batch.ids]
         losses, t, sound = map(torch.cat, zip(*done))
-        window.add(losses, t, ids, norm, skipped, expert or "", signs, sound)
+        step = TakenStep(losses, t, norm, skipped, expert or "", signs, ids, sound)
+        window.taken.append(step)
 
     def _memory_full(self, micro_batches: list[Batch], error: torch.OutOfMemoryError) -> RunError:
         batch, frames, *cells = micro_batches[0].latents.shape[:4]

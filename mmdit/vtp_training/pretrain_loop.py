@@ -18,6 +18,7 @@ from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.pretrain_export import export_tokenizer
 from mmdit.vtp_training.pretrain_report import PretrainReport
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
+from mmdit.weights import parameter_count
 
 EXPORT = "export"  # the folder in that of a run
 EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and the export
@@ -72,7 +73,7 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
             f"nothing left to do but the export: the run ended at step {trainer.step}, as planned;"
             f" for a further stage set init_from={trainer.folder / EXPORT} and another output_dir"
         )
-    size = sum(p.numel() for p in trainer.learner.model.parameters())
+    size = parameter_count(trainer.learner.model)
     seconds = time.perf_counter() - trainer.started
     print(
         f"{size:,} parameters on {device}, ready after {seconds:.0f} s; step {trainer.step} of"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width]
         self.layers = nn.Sequential()
-        for before, after, stride in zip(widths[:-1], widths[1:], (2, 2, 1), strict=True):
+        for (before, after), stride in zip(pairwise(widths), (2, 2, 1), strict=True):
             layer = spectral_norm(nn.Conv2d(before, after, 4, stride, 1))
             self.layers.append(nn.Sequential(layer, nn.LeakyReLU(0.2)))
         self.layers.append(spectral_norm(nn.Conv2d(widths[-1], 1, 1)))

@@ -20,7 +20,7 @@ from mmdit.data import moving_shapes
 from mmdit.data.dataset.picture_folder import folder_pictures
 from mmdit.pixels import to_unit
 from mmdit.rng import key
-from mmdit.weights import is_finite
+from mmdit.weights import is_finite, parameter_count
 
 SIZES = ((64, 64), (128, 128), (256, 256), (448, 256))  # width, height
 ORACLE_SIZES, CLIP_FRAMES = (64, 128), 8
@@ -107,6 +107,6 @@ def tokenizer_scores(model: VTPModel, count: int = 512, images: Path | None = No
         "moving_shapes_psnr": shapes_psnr(model, count),
         "oracle_after_round_trip": oracle_scores(model, count),
         "samples": count,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameter_count(model),
         **pictures,
     }

@@ -28,7 +28,7 @@ from mmdit.text_encoders.clip_vision import ClipVision, ClipVisionSizes
 from mmdit.text_encoders.huggingface import HuggingFaceConfig
 from mmdit.training.learner import Learner
 from mmdit.training.train_config import TrainConfig
-from mmdit.weights import Checkpoint
+from mmdit.weights import Checkpoint, parameter_count
 
 # Of CLIP's ViT-H/14: the places of a picture, and the blocks that are run.
 CLIP_STATES, CLIP_BLOCKS = 257, 31
@@ -91,7 +91,7 @@ def clip_bytes(sizes: WanConfig) -> int:
         encoder = ClipVision(
             ClipVisionSizes(width, 4 * width, CLIP_BLOCKS, max(1, width // 80), 14, CLIP_STATES)
         )
-    return 2 * sum(p.numel() for p in encoder.parameters())
+    return 2 * parameter_count(encoder)
 
 
 def latent_spec(config: ExperimentConfig, channels: int | None = None) -> LatentSpec:

@@ -89,6 +89,17 @@ class Entry:
         return entry
 
 
+def written_crcs(entry: Entry) -> dict[str, str]:
+    """Return what the JSON of a shard says of an item's `frame_crcs`: nothing if there are none."""
+    digits = "".join(f"{crc:08x}" for crc in entry.frame_crcs)
+    return {"marks": digits} if digits else {}
+
+
+def read_crcs(row: dict) -> list[int]:
+    """Return the `frame_crcs` that `written_crcs` has written."""
+    return np.frombuffer(bytes.fromhex(row.get("marks", "")), ">u4").tolist()
+
+
 def running_crcs(numbers: np.ndarray) -> list[int]:
     """Return the CRC-32 of the first frame, of the first two, … of all frames `(F, H, W, C)`. Two
     of them check the frames between."""

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmdit.data.cache.columns import Columns, Lazy, cut_part
-from mmdit.data.cache.items import Entry, dump_json
+from mmdit.data.cache.items import Entry, dump_json, read_crcs, written_crcs
 from mmdit.data.cache.tar_shards import read_tar_shard
 from mmdit.data.dataset.problems import Damage, Damaged
 from mmdit.files import open_regular, write_atomically
@@ -71,9 +71,7 @@ def shard_texts(entries: Iterable[Entry]) -> bytes:
     before the numbers are known as they are after."""
     lines = []
     for entry in entries:
-        row = {"crc": f"{entry.crc:08x}", "caption": entry.caption}
-        if entry.frame_crcs:
-            row["marks"] = "".join(f"{crc:08x}" for crc in entry.frame_crcs)
+        row = {"crc": f"{entry.crc:08x}", "caption": entry.caption} | written_crcs(entry)
         lines.append(dump_json(row | entry.sections()) + "\n")
     return "".join(lines).encode()
 
@@ -123,7 +121,7 @@ def read_shard(path: Path) -> list[Entry]:
                 raise ValueError(
                     f"item {id!r} is not a float16 tensor of four axes behind the one before it"
                 )
-            crcs = np.frombuffer(bytes.fromhex(row.get("marks", "")), ">u4").tolist()
+            crcs = read_crcs(row)
             if len(crcs) not in (0, shape[0] - 1):
                 raise ValueError(f"item {id!r} has {len(crcs)} check sums of frames")
             crc, offset = int(row["crc"], 16), start + place

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit.data.cache.items import Entry, dump_json
+from mmdit.data.cache.items import Entry, dump_json, read_crcs, written_crcs
 from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.members import Archive
 from mmdit.data.dataset.problems import Damage, Damaged
@@ -56,9 +56,7 @@ def tar_item(
     """Yield the bytes of one item of a tar, a few pieces for each of its files."""
     key = entry.id.replace("%", "%25").replace(".", "%2E")
     head, numbers = _npy(latents)
-    row = {"id": entry.id, "crc": f"{entry.crc:08x}"}
-    if entry.frame_crcs:
-        row["marks"] = "".join(f"{crc:08x}" for crc in entry.frame_crcs)
+    row = {"id": entry.id, "crc": f"{entry.crc:08x}"} | written_crcs(entry)
     yield from _file(f"{key}.latents.npy", head, numbers)
     yield from _file(f"{key}.txt", entry.caption.encode())
     yield from _file(f"{key}.json", dump_json(row | entry.sections()).encode())
@@ -110,7 +108,7 @@ def _entry(archive: Archive, file: io.FileIO, files: dict[str, TarEntry]) -> Ent
     file.seek(latents.offset)
     shape, offset = _npy_head(file)
     row = json.loads(_read(file, files["json"]))
-    crcs = np.frombuffer(bytes.fromhex(row.get("marks", "")), ">u4").tolist()
+    crcs = read_crcs(row)
     num_bytes = offset - latents.offset + 2 * math.prod(shape)
     if num_bytes != latents.size or len(crcs) not in (0, shape[0] - 1):
         raise ValueError(f"item {row['id']!r} contradicts itself")

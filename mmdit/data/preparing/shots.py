@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -148,10 +149,7 @@ def find_shots(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[P
     borders = {0, count, *cuts}
     borders |= set((np.flatnonzero(problems[1:] != problems[:-1]) + 1).tolist())
     ordered = sorted(borders)
-    return [
-        Piece(first, end, str(problems[first]))
-        for first, end in zip(ordered[:-1], ordered[1:], strict=True)
-    ]
+    return [Piece(first, end, str(problems[first])) for first, end in pairwise(ordered)]
 
 
 def cut_into_clips(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[Piece]:
@@ -164,7 +162,7 @@ def cut_into_clips(film: Mapping[str, np.ndarray], settings: ShotSettings) -> li
         seconds = duration(film["time"], shot.first, shot.end)
         parts = max(1, int(np.ceil(seconds / settings.max_seconds - 1e-3)))
         places = np.linspace(shot.first, shot.end, parts + 1).round().astype(int).tolist()
-        for first, end in zip(places[:-1], places[1:], strict=True):
+        for first, end in pairwise(places):
             pieces.append(Piece(first, end, _problem(film, first, end, settings)))
     return pieces
 

@@ -92,6 +92,9 @@ def arm_tables(files: list[dict]) -> list[str]:
     moving = any("left_right" in curve["points"][-1] for *_, curve in arms)
     if moving:
         titles += ["left or right at each checkpoint"]
+    bounded = has_own_ceilings([curve["points"][-1] for *_, curve in arms])
+    if bounded:
+        titles += ["ceiling"]
     if ends:
         titles += ["step", f"held out after {common:.0f} s", f"seconds to {level}"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -107,6 +110,8 @@ def arm_tables(files: list[dict]) -> list[str]:
         if moving:
             rates = (point["left_right"]["value"] for point in curve["points"])
             cells += [", ".join(f"{rate:.2f}" for rate in rates)]
+        if bounded:
+            cells += [f"{last['ceiling']['value']:.3f}"]
         pace = pace_of(curve)
         if pace:
             seconds = shown_values(curve["seconds_to"])
@@ -115,6 +120,13 @@ def arm_tables(files: list[dict]) -> list[str]:
             cells += ["not timed", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return ["\n".join(lines), explanation([curve["points"][-1] for *_, curve in arms])]
+
+
+def has_own_ceilings(ends: list[dict]) -> bool:
+    """Return whether the arms differ in their ceilings, as those of several tokenizers do: then a
+    score stands beside its own."""
+    values = [point["ceiling"]["value"] for point in ends]
+    return max(values) - min(values) > 0.05
 
 
 def batch_of(row: dict) -> float:

@@ -222,10 +222,23 @@ def test_the_state_goes_through_json_in_the_middle_of_a_ramp():
         assert again.alpha("") == plan.alpha("") and again.state() == plan.state()
     for broken, words in (
         ({"high": stored["experts"][""]}, "experts"),
-        ({"": {**stored["experts"][""], "phase": 2}}, "phases"),
+        ({"": {**stored["experts"][""], "name": "third"}}, "'third', .* has first, second"),
+        ({"": {"phase": 2}}, "phase 2"),
     ):
         with pytest.raises(ValueError, match=words):
             again.restore({"experts": broken, "history": []})
+
+
+def test_a_phase_is_known_by_its_name_wherever_it_stands_now():
+    """Go on in the second phase where one was put in front of it, and where the first is gone."""
+    model, history = adapted(), LossHistory(steps=10)
+    plan = schedule(model)
+    plan.look(10, {"": history})
+    first, second = plan.config.phases
+    for phases in ((PhaseConfig("new", 3), first, second), (second,)):
+        again = schedule(copy.deepcopy(model), phases=phases)
+        again.restore(plan.state())
+        assert again.phase("").name == "second"
 
 
 def test_alphas_travel_and_bad_ones_are_refused():
@@ -531,7 +544,7 @@ def test_state_of_another_step_is_refused_and_none_starts_anew(shop, capsys):
         "[]",
         '{"step": 20, "monitor": 3}',
         '{"step": 20, "monitor": {"courses": {"high": {}}}}',
-        text.replace('"phase": 1', '"phase": 7'),
+        text.replace('"name": "b"', '"name": "c"'),
     ):
         path.write_text(broken)
         refused(capsys, train_t2v.main, again, "")

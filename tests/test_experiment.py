@@ -28,7 +28,7 @@ from mmdit.scripts import export, pack_cache, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import kept_no_longer
+from mmdit.training.continuing import kept_no_longer, other_rate
 from mmdit.training.memory.assigning import assign
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.train_config import TrainConfig
@@ -251,6 +251,7 @@ def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):
         *again,
         "train.max_steps=2",
         "train.batch_size=2",
+        "train.lr=1e-3",
         "train.val_every_steps=1",
         "train.val_share=0.4",
     )
@@ -262,6 +263,7 @@ def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):
     assert (
         "held-out items are others" in out
         and "(only a new run heeds it)" in out
+        and "learning rate goes on at 0.001, where it would have been" in out
         and "older version" not in out
     )
     shop.train(
@@ -289,6 +291,16 @@ def test_what_a_resume_sees_otherwise_is_told(shop, capsys, monkeypatch):
     )
     out = capsys.readouterr().out
     assert "items come in another order" in out and "held-out items are others" in out
+
+
+def test_a_finished_cosine_that_goes_on_rises_again_and_says_so():
+    train = TrainConfig(lr=1e-3, lr_schedule="cosine", warmup_steps=0, max_steps=100)
+    old = {"train": config_io.encode(train)}
+    longer = {"train": config_io.encode(replace(train, max_steps=200))}
+    (line,) = other_rate(old, longer, 100)
+    assert "at 0.000492, where it would have been 0: " in line
+    assert not other_rate(old, old, 50) and not other_rate({}, longer, 50)
+    assert not other_rate(longer, old, 100), "nothing is left to do"
 
 
 def test_a_resume_with_other_data_says_so_and_one_with_the_same_elsewhere_does_not(shop, capsys):

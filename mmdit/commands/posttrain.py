@@ -41,6 +41,7 @@ from mmdit.training.continuing import (
     check_same_latents,
     kept_no_longer,
     other_data,
+    other_rate,
     write_config,
 )
 from mmdit.training.distributed import World, process_group
@@ -260,12 +261,13 @@ def posttrain(
         if meta:
             check_same_latents(meta, tokenizer.spec, tokenizer.fingerprint, resumed)
             stored = config_io.completed(ExperimentConfig, meta.config)
-            changed = changes(stored, config_io.encode(config))
-            notes = session.restore(resumed) + kept_no_longer(stored, config_io.encode(config))
+            now = config_io.encode(config)
+            notes = session.restore(resumed) + kept_no_longer(stored, now)
             lines = [
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
-                *(f"  config changed: {line}" for line in changed),
-                *(f"  {line}" for line in notes + other_data(meta.origin.get("data") or [], data)),
+                *(f"  config changed: {line}" for line in changes(stored, now)),
+                *(f"  {line}" for line in notes + other_rate(stored, now, state.step)),
+                *(f"  {line}" for line in other_data(meta.origin.get("data") or [], data)),
             ]
         about = describe_session(session)
         world.print("\n".join([*lines, *expert_notes(config), *idle_keys(config), *about]))

@@ -19,6 +19,7 @@ from mmdit.training.distributed import World
 from mmdit.training.ema import EMA
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import local, own_rows
+from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.weights import check_numbers
 
@@ -127,11 +128,28 @@ def kept_no_longer(old: dict, new: dict) -> list[str]:
     ]
 
 
+def other_rate(old: dict, new: dict, step: int) -> list[str]:
+    """Return a line if the update after `step` has another learning rate than the config `old`
+    gives it: a finished cosine whose `max_steps` is raised rises again."""
+    try:
+        trains = [config_io.decode(TrainConfig, config["train"]) for config in (old, new)]
+    except (config_io.ConfigError, KeyError):  # of an older version
+        return []
+    before, after = (train.learning_rate().at(step + 1) for train in trains)
+    if step >= trains[1].max_steps or abs(after - before) <= 0.01 * max(after, before):
+        return []
+    return [
+        f"the learning rate goes on at {after:.3g}, where it would have been {before:.3g}:"
+        " train.lr, lr_schedule, lr_final, warmup_steps and max_steps decide it"
+    ]
+
+
 def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> list[str]:
     """Take over the state of the checkpoint `folder`, whose config is `old`; return what to
     tell a person."""
     lines = what_changes(old, new, checkpoint.read_notes(folder) or {}, now)
     lines += state.restore(folder)
+    lines += other_rate(old, new, state.step)
     pictures = (old.get("video") or {}).get("num_frames") == 1
     if new["video"]["num_frames"] > 1 and pictures and not state.learner.sharded:
         number_frames(state, new["seed"])

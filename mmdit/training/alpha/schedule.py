@@ -337,28 +337,33 @@ class AlphaSchedule:
     def state(self) -> dict:
         """Return what a checkpoint keeps, as JSON."""
         experts = {
-            name: {"phase": p.phase, "start": p.start, "judged": p.judged_at}
+            name: {
+                "phase": p.phase,
+                "name": self.phase(name).name,
+                "start": p.start,
+                "judged": p.judged_at,
+            }
             for name, p in self.progress.items()
         }
         return {"experts": experts, "history": self.history}
 
     def restore(self, state: dict) -> None:
         """Take over what `state` gave (the alphas in force come with the weights); a changed alpha
-        of the config is then reached as `on_change` says. ValueError if it is of other experts or
-        phases."""
+        of the config is then reached as `on_change` says. The phase is known by its name, wherever
+        it stands now. ValueError if it is of other experts or phases."""
         if state["experts"].keys() != self.progress.keys():
             raise ValueError(
                 f"the stored alpha schedule is of the experts {list(state['experts'])}, the config"
                 f" has {list(self.progress)}"
             )
-        for name, stored in state["experts"].items():
-            self.progress[name] = Progress(
-                stored["phase"], stored.get("start"), stored.get("judged", 0)
-            )
-            if not 0 <= stored["phase"] < len(self.config.phases):
+        names = [phase.name for phase in self.config.phases]
+        for expert, stored in state["experts"].items():
+            # earlier versions stored its number alone
+            phase = names.index(stored["name"]) if stored.get("name") in names else stored["phase"]
+            if stored.get("name") not in (None, *names) or not 0 <= phase < len(names):
                 raise ValueError(
-                    f"the stored alpha schedule is in phase {stored['phase']},"
-                    f" alpha_schedule.phases has {len(self.config.phases)}: keep the phases that"
-                    " were run"
+                    f"the stored alpha schedule is in phase {stored.get('name', phase)!r},"
+                    f" alpha_schedule.phases has {', '.join(names)}: keep the phases that were run"
                 )
+            self.progress[expert] = Progress(phase, stored.get("start"), stored.get("judged", 0))
         self.history = state["history"]

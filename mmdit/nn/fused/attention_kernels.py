@@ -25,10 +25,19 @@ EPS = tl.constexpr(EPSILON)
 
 
 @triton.jit
+def _tile(source, rows, columns, valid):
+    return tl.load(source + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0)
+
+
+@triton.jit
 def _load(source, rows, columns, valid):
-    return tl.load(source + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0).to(
-        tl.float32
-    )
+    return _tile(source, rows, columns, valid).to(tl.float32)
+
+
+@triton.jit
+def _store(target, values, rows, columns, valid):
+    place = target + rows[:, None] + columns[None, :]
+    tl.store(place, values.to(target.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
@@ -90,9 +99,8 @@ def _unprepare(
 
 @triton.jit
 def _store_halves(target, low, high, rows, columns, valid, HALF: tl.constexpr):
-    dtype = target.dtype.element_ty
-    tl.store(target + rows[:, None] + columns[None, :], low.to(dtype), mask=valid[:, None])
-    tl.store(target + rows[:, None] + HALF + columns[None, :], high.to(dtype), mask=valid[:, None])
+    _store(target, low, rows, columns, valid)
+    _store(target + HALF, high, rows, columns, valid)
 
 
 @triton.jit
@@ -103,6 +111,13 @@ def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
     logits = tl.where(allowed, logits * scale, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def _softmax_back(weights, change, values, scale):
+    """Return the gradient of the logits, from that of what was attended."""
+    grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
+    return (weights * (grad - tl.sum(weights * grad, 1)[:, None]) * scale).to(values.dtype)
 
 
 # ── within groups ─────────────────────────────────────────────────────────────────────────────────
@@ -151,9 +166,7 @@ def _group_kernel(
         _load(qkv + WIDTH, inner, columns, valid),
         _load(qkv + WIDTH, inner + HALF, columns, valid),
     )
-    values = tl.load(
-        qkv + 2 * WIDTH + inner[:, None] + wide[None, :], mask=valid[:, None], other=0.0
-    )
+    values = _tile(qkv + 2 * WIDTH, inner, wide, valid)
     q1, q2, q_inverse = _prepare(
         q_low, q_high, q_gain, columns, turn_cos, turn_sin, HALF, NORM, ROTATE
     )
@@ -164,18 +177,12 @@ def _group_kernel(
     weights = _softmax(q1, q2, k1, k2, name[:, None] == name[None, :], scale)
     if not BACKWARD:
         result = tl.dot(weights.to(dtype), values, input_precision=EXACT)
-        tl.store(out + offset[:, None] + wide[None, :], result.to(dtype), mask=valid[:, None])
+        _store(out, result, offset, wide, valid)
     else:
-        change = tl.load(grad + offset[:, None] + wide[None, :], mask=valid[:, None], other=0.0)
+        change = _tile(grad, offset, wide, valid)
         value_grad = tl.dot(tl.trans(weights.to(dtype)), change, input_precision=EXACT)
-        tl.store(
-            grad_qkv + 2 * WIDTH + inner[:, None] + wide[None, :],
-            value_grad.to(dtype),
-            mask=valid[:, None],
-        )
-        weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
-        logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
-        logit_grad = logit_grad.to(dtype)
+        _store(grad_qkv + 2 * WIDTH, value_grad, inner, wide, valid)
+        logit_grad = _softmax_back(weights, change, values, scale)
         back = tl.trans(logit_grad)
         gain_target = gain_grads + (tile.to(tl.int64) * HEADS + head) * D + columns
         low, high, gain_low, gain_high = _unprepare(
@@ -347,9 +354,8 @@ def _text_kernel(
     dtype = v.dtype.element_ty
     there = places < keys
     text = (sample * keys + places) * (HEADS * D) + head * D
-    k1 = tl.load(k + text[:, None] + columns[None, :], mask=there[:, None], other=0.0)
-    k2 = tl.load(k + text[:, None] + HALF + columns[None, :], mask=there[:, None], other=0.0)
-    values = tl.load(v + text[:, None] + wide[None, :], mask=there[:, None], other=0.0)
+    k1, k2 = _tile(k, text, columns, there), _tile(k + HALF, text, columns, there)
+    values = _tile(v, text, wide, there)
     allowed = tl.load(valid + sample * keys + places, mask=there, other=0) != 0
     none = tl.zeros((ROWS, HALF), tl.float32)
     k1_grad, k2_grad = tl.zeros((KEYS, HALF), tl.float32), tl.zeros((KEYS, HALF), tl.float32)
@@ -364,15 +370,11 @@ def _text_kernel(
         weights = _softmax(q1, q2, k1, k2, allowed[None, :], scale)
         if not BACKWARD:
             result = tl.dot(weights.to(dtype), values, input_precision=EXACT)
-            tl.store(out + offset[:, None] + wide[None, :], result.to(dtype), mask=inside[:, None])
+            _store(out, result, offset, wide, inside)
         else:
-            change = tl.load(
-                grad + offset[:, None] + wide[None, :], mask=inside[:, None], other=0.0
-            )
+            change = _tile(grad, offset, wide, inside)
             v_grad += tl.dot(tl.trans(weights.to(dtype)), change, input_precision=EXACT)
-            weight_grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
-            logit_grad = weights * (weight_grad - tl.sum(weights * weight_grad, 1)[:, None]) * scale
-            logit_grad = logit_grad.to(dtype)
+            logit_grad = _softmax_back(weights, change, values, scale)
             back = tl.trans(logit_grad)
             k1_grad += tl.dot(back, q1, input_precision=EXACT)
             k2_grad += tl.dot(back, q2, input_precision=EXACT)
@@ -398,8 +400,7 @@ def _text_kernel(
         first = (part * samples + sample) * keys * (HEADS * D)
         text = first + places * (HEADS * D) + head * D
         _store_halves(grad_kv, k1_grad, k2_grad, text, columns, there, HALF)
-        target = grad_kv + apart + text[:, None] + wide[None, :]
-        tl.store(target, v_grad.to(grad_kv.dtype.element_ty), mask=there[:, None])
+        _store(grad_kv + apart, v_grad, text, wide, there)
         if NORM:
             gain_target = gain_grads + ((part * samples + sample) * HEADS + head) * D + columns
             tl.store(gain_target, gain_low_sum)

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmdit.nn.fused.attention_kernels import _load, _prepare, _store_halves, _unprepare
+from mmdit.nn.fused.attention_kernels import (
+    _load,
+    _prepare,
+    _store,
+    _store_halves,
+    _tile,
+    _unprepare,
+)
 from mmdit.nn.fused.ops import launch, operator
 
 ROWS = 64
@@ -129,11 +136,10 @@ def _heads_kernel(
         ROTATE,
         BACKWARD,
     )
-    apart, beside = offset[:, None] + wide[None, :], inner[:, None] + 2 * WIDTH + wide[None, :]
     if not BACKWARD:
-        tl.store(v + apart, tl.load(qkv + beside, mask=valid[:, None]), mask=valid[:, None])
+        _store(v, _tile(qkv + 2 * WIDTH, inner, wide, valid), offset, wide, valid)
     else:
-        tl.store(grad_qkv + beside, tl.load(v + apart, mask=valid[:, None]), mask=valid[:, None])
+        _store(grad_qkv + 2 * WIDTH, _tile(v, offset, wide, valid), inner, wide, valid)
 
 
 def _launch(

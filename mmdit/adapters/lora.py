@@ -215,7 +215,8 @@ def _within_blocks(chosen: set[str], words: tuple[str, ...], linears: list[str])
     """Return those of the chosen layers that lie in the blocks that `words` name."""
     numbers: set[int] = set()
     for word in words:
-        numbers.update(_range(word))
+        first, _, last = word.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
     present = sorted({_block(name) for name in linears} - {-1})
     absent = numbers - set(present)
     if absent and not present:
@@ -226,11 +227,6 @@ def _within_blocks(chosen: set[str], words: tuple[str, ...], linears: list[str])
             f" {present[-1]}"
         )
     return {name for name in chosen if _block(name) in numbers}
-
-
-def _range(word: str) -> range:
-    first, _, last = word.partition("-")
-    return range(int(first), int(last or first) + 1)
 
 
 def _block(name: str) -> int:

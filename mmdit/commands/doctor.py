@@ -62,7 +62,8 @@ def report(device: torch.device) -> Iterator[tuple[str, str]]:
     )
     yield "memory", _host_memory()
     yield from _disks()
-    yield "shipped files", _shipped_files()
+    missing = [name for name in SHIPPED if shipped_path(name) is None]
+    yield "shipped files", f"missing: {', '.join(missing)}" if missing else "all there"
     for package, (extra, purpose) in OPTIONAL.items():
         yield package, _package(package, extra, purpose)
 
@@ -141,12 +142,6 @@ def _disks() -> Iterator[tuple[str, str]]:
         free = shutil.disk_usage(shared).free
         advice = "" if free > 1e9 else "; small: docker run --shm-size=8g gives loaders more"
         yield "shared memory", f"{free / GB:.1f} GB free{advice}"
-
-
-def _shipped_files() -> str:
-    """Return whether the weights and configs that ship with mmdit are there."""
-    missing = [name for name in SHIPPED if shipped_path(name) is None]
-    return f"missing: {', '.join(missing)}" if missing else "all there"
 
 
 def _package(name: str, extra: str, purpose: str) -> str:

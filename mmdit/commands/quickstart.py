@@ -163,7 +163,9 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     captions = [prompt.caption for prompt in prompts("seen", video=True)[:4]]
     clips = pipeline(captions, video.width, video.height, video.num_frames, settings)
     save_image(contact_sheet(clips, captions, 1), out / "samples" / "video_frames.png")
-    path = save_video(enlarge(grid_video(clips, 2), 3), out / "video.mp4", video.sample_fps)
+    clip = grid_video(clips, 2)
+    clip = clip.repeat_interleave(3, dim=-1).repeat_interleave(3, dim=-2)  # to be seen at all
+    path = save_video(clip, out / "video.mp4", video.sample_fps)
     print(f"clips: {path}", flush=True)
     say(
         f"Scoring the shipped model: {plan.count} pictures and {plan.video_count} clips of each"
@@ -177,11 +179,6 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
         "parameters": parameter_count(pipeline.learner),
         "checkpoint": SHIPPED,
     }
-
-
-def enlarge(clip: torch.Tensor, factor: int) -> torch.Tensor:
-    """Pixels repeated, so that a small clip can be seen."""
-    return clip.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
 
 
 def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds: float) -> int:

@@ -8,7 +8,6 @@ import math
 import re
 import sys
 from collections.abc import Iterable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,11 +183,6 @@ def curves_svg(name: str, records: list[dict]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _has_values(runs: dict[str, list[dict]], name: str) -> bool:
-    """Return whether a name has a finite value in any run."""
-    return any(points(records, name)[0] for records in runs.values())
-
-
 def _figure(
     runs: dict[str, list[dict]], line: dict[str, Any], left_out: tuple[str, ...] = ()
 ) -> Any:
@@ -200,8 +194,13 @@ def _figure(
         from matplotlib.lines import Line2D
     except ImportError:
         raise ValueError("curves need matplotlib: pip install matplotlib") from None
-    known = {name for records in runs.values() for record in records for name in record}
-    everything = panels_of(filter(partial(_has_values, runs), known))
+    plotted = {
+        name
+        for records in runs.values()
+        for name in set().union(*records)
+        if points(records, name)[0]
+    }
+    everything = panels_of(plotted)
     panels = {
         title: names
         for title, names in everything.items()

@@ -101,7 +101,7 @@ class FeatureSet:
             features = torch.cat([self._encoded(to_unit(part)) for part in pixels.split(BATCH)])
         except ValueError as error:  # a size or a number of frames that the encoder does not take
             raise ValueError(f"{names[0]}: {error}") from None
-        check_finite(features, names, "features")
+        check_finite(features, names)
         if self.parts and self.parts[0].shape[1] != features.shape[1]:
             raise ValueError(
                 f"features of {names[0]} have width {features.shape[1]}, those before"
@@ -124,14 +124,14 @@ class FeatureSet:
         return features
 
 
-def check_finite(features: Tensor, names: list[str], what: str) -> None:
+def check_finite(features: Tensor, names: list[str]) -> None:
     """Raise ValueError if `features (N, …)` hold what is no number, of which scores would say
     nothing."""
     broken = (~features.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise ValueError(
-            f"the {what} of {names[broken[0]]} and {len(broken) - 1} more are nan or infinite: the"
-            " weights of the encoder may be damaged, or too large for their precision"
+            f"the features of {names[broken[0]]} and {len(broken) - 1} more are nan or infinite:"
+            " the weights of the encoder may be damaged, or too large for their precision"
         )
 
 

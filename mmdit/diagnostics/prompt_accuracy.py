@@ -67,7 +67,7 @@ def prompt_accuracy_report(
         [prompt.facts for prompt in held_out],
     )
     if known is None:
-        ceiling = tokenizer_ceiling(tokenizer, facts, width, height, frames, batch, device)
+        ceiling = tokenizer_ceiling(tokenizer, facts, batch, shape, device)
     else:
         ceiling = known["tokenizer_ceiling"]
     report = {
@@ -117,15 +117,12 @@ def read_samples(
 def tokenizer_ceiling(
     tokenizer: Tokenizer,
     facts: list[Facts],
-    width: int,
-    height: int,
-    frames: int,
     batch: int,
+    shape: tuple[int, int, int, int],
     device: torch.device | str,
 ) -> dict:
     """Return the score of the true pictures after `tokenizer`'s round trip: a rate with the
     `attributes` in it."""
-    shape = (frames, 3, height, width)
     result = accuracy(read_round_trip(tokenizer, facts, batch, shape, device), facts)
     return result["prompt_accuracy"] | {"attributes": result["attributes"]}
 

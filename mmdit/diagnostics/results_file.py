@@ -21,7 +21,6 @@ from mmdit.data.moving_shapes import wilson
 from mmdit.data.moving_shapes.facts import TASKS
 from mmdit.diagnostics.recipe import (
     Recipe,
-    Score,
     config_hash,
     documented_commands,
     read_recipe,
@@ -268,10 +267,11 @@ def comparison(new: dict, published: dict | None, recipe: Recipe) -> tuple[list[
     """Return a line for each rate of `new`, and whether all hold: they reach their floors, and lie
     inside the interval that `published` accepts, or their own interval overlaps it."""
     lines, holds = [], True
+    accepted = published["stages"] if published else {}
     for stage in recipe.stages:
         for score in stage.scores:
             rates = new["stages"][stage.name]["scores"][score.name]
-            known = _published_rates(published, stage.name, score)
+            known = accepted.get(stage.name, {}).get("scores", {}).get(score.name, {})
             for key in COMPARED:
                 if key not in rates or rates[key]["value"] is None:
                     continue
@@ -282,11 +282,6 @@ def comparison(new: dict, published: dict | None, recipe: Recipe) -> tuple[list[
                 title = f"{stage.name} · {score.name} · {key}"
                 lines.append(f"{title:48} {shown_rate(rates[key])}  {said}".rstrip())
     return lines, holds
-
-
-def _published_rates(published: dict | None, stage: str, score: Score) -> dict:
-    stages = published["stages"] if published else {}
-    return stages.get(stage, {}).get("scores", {}).get(score.name, {})
 
 
 def _beside_floor(value: float, floor: float | None) -> tuple[str, bool]:

@@ -175,7 +175,8 @@ def _chosen(
 
 def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Path) -> LoRAFile:
     """Read the tensors of `keys`."""
-    content, over_base = LoRAFile(), _marked(stored.files[0])
+    file, content = stored.files[0], LoRAFile()
+    over_base = file.suffix == ".safetensors" and OVER_BASE in header_of(file)
     sources: dict[str, str] = {}
     parameters = dict(model.named_parameters())
     for name, tensor in stored.tensors():
@@ -201,11 +202,6 @@ def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Pa
         update.written, update.over_base = keys[name].written, over_base
         update.parts[part] = _lengths(name, tensor, path) if part == "lora_magnitude" else tensor
     return content
-
-
-def _marked(file: Path) -> bool:
-    """Return whether `OVER_BASE` is in the header of a file."""
-    return file.suffix == ".safetensors" and OVER_BASE in header_of(file)
 
 
 def _alpha(name: str, tensor: Tensor, path: Path) -> float:

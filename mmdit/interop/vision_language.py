@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mmdit.foreign import explain_errors
-from mmdit.text_encoders.transformers_loading import check_folder
+from mmdit.text_encoders.transformers_loading import check_folder, dtype_option
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 WHAT = "vision-language model of transformers (config, processor and safetensors)"
@@ -62,8 +62,7 @@ class LocalCaptioner:
         ):
             config = transformers.AutoConfig.from_pretrained(self.folder, **options)
             processor = transformers.AutoProcessor.from_pretrained(self.folder, **options)
-            recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
-            options["dtype" if recent else "torch_dtype"] = self.dtype
+            options[dtype_option(transformers)] = self.dtype
             model, report = transformers.AutoModelForImageTextToText.from_pretrained(
                 self.folder,
                 config=config,

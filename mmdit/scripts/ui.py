@@ -38,11 +38,6 @@ NOT_OFFERED = {
 }
 
 
-def offered() -> dict[str, str]:
-    """Return the name and the module of every command that may be started."""
-    return {name: module for name, module in commands().items() if name not in NOT_OFFERED}
-
-
 @cache
 def parser_of_command(module: str) -> argparse.ArgumentParser:
     """Return the parser of a command, by its module."""
@@ -60,7 +55,8 @@ def offers() -> dict[str, Command]:
             name in REPORTS,
             name in DISTRIBUTED,
         )
-        for name, module in offered().items()
+        for name, module in commands().items()
+        if name not in NOT_OFFERED
     }
 
 

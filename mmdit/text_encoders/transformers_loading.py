@@ -59,10 +59,8 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, local: bool) -> tuple[An
     with explained("tokenizer", source, local):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     with explained("weights", source, local), _quiet(transformers):
-        # Before 4.56 the option was torch_dtype; without it, version 4 gives float32 and version 5
-        # what the file holds.
-        recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
-        options["dtype" if recent else "torch_dtype"] = dtype
+        # without it, version 4 gives float32 and version 5 what the file holds
+        options[dtype_option(transformers)] = dtype
         if network_config.model_type == "t5gemma":
             options["is_encoder_decoder"] = False
         model_class = _encoder_class(transformers, network_config)
@@ -89,6 +87,12 @@ IDLE = ("transformers_version", "torch_dtype", "dtype", "architectures", "task_s
 CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
 OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
 LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most
+
+
+def dtype_option(transformers: Any) -> str:
+    """Return what the option of `from_pretrained` is called that was torch_dtype before 4.56."""
+    recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+    return "dtype" if recent else "torch_dtype"
 
 
 def check_folder(folder: Path) -> None:

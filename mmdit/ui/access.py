@@ -171,16 +171,15 @@ class Access:
         if request.method != "POST":
             return PlainTextResponse("Only GET and POST are answered.\n", 405)
         refusal = await self._read_form(request)
-        if refusal is None and not same(self._field(request, "form_secret"), guard.form_secret):
+        if refusal is not None:
+            return refusal
+        secret = request.scope["form"].get("form_secret", [""])[0]
+        if not same(secret, guard.form_secret):
             return PlainTextResponse(
                 "Refused: this form is older than the server. Reload its page and send it again.\n",
                 403,
             )
-        return refusal
-
-    @staticmethod
-    def _field(request: Request, name: str) -> str:
-        return request.scope["form"].get(name, [""])[0]
+        return None
 
     @staticmethod
     async def _read_form(request: Request) -> Response | None:

@@ -94,14 +94,14 @@ def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor],
 
 
 @torch.no_grad()
-def channel_statistics(model: VTPModel, source: PictureSource, pictures: int = 4096) -> dict:
+def channel_statistics(model: VTPModel, source: PictureSource) -> dict:
     """Return per-channel mean and standard deviation of the latents of training moving shapes, half
     at each of the first two sizes."""
     sizes = [tuple(size[:2]) for size in source.config.sizes[:2]]
     total, squares, count = torch.zeros(()), torch.zeros(()), 0
     for width, height in sizes:
         pixels = source.pool(width, height).pixels
-        pixels = pixels[:: max(1, len(pixels) * len(sizes) // pictures)]
+        pixels = pixels[:: max(1, len(pixels) * len(sizes) // 4096)]
         for part in pixels.split(256):
             latents = model.get_reconstruction_latents(normalize(to_unit(part))).double()
             total = total + latents.sum((0, 2, 3))

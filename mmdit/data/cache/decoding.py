@@ -30,7 +30,7 @@ from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.stamps import stamp_of
 from mmdit.data.dataset.videos import read_video
-from mmdit.data.dataset.workers import KILLED, each
+from mmdit.data.dataset.workers import each
 
 IMAGES_AT_ONCE = 16  # that a worker takes; of clips one
 
@@ -82,13 +82,11 @@ def decoded(
     """Yield the cut pictures of the records, decoded by workers, in their order; those over which a
     worker was killed come at the end."""
     chunk = IMAGES_AT_ONCE if media == "image" else 1
-    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
     decode = Decode(media, manifest, preprocess, video)
     pin_memory = torch.device(device).type == "cuda"
-    for part, result in each(decode, parts, num_workers, pin_memory):
-        if result is None:
-            skips = [Skip.of(record.id, record.path, KILLED) for record in part]
-            result = Decoded(len(part), skips=skips)
+    for _, result in each(decode, records, chunk, num_workers, pin_memory):
+        if isinstance(result, list):  # of a record over which a worker was killed
+            result = Decoded(1, skips=result)
         if result.coded:
             decode.finish(result, device)
         yield result

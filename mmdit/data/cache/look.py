@@ -21,7 +21,7 @@ from mmdit.data.dataset.pictures import load_image, shown_size
 from mmdit.data.dataset.problems import Skip, by_problem
 from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.videos import NEAR, probe, read_video
-from mmdit.data.dataset.workers import KILLED, each
+from mmdit.data.dataset.workers import each
 
 AT_ONCE = 16  # records a worker takes
 
@@ -100,11 +100,10 @@ def look_at(
     Pictures are decoded. Of a clip only the first frame is: damage behind it shows when it is
     cached.
     """
-    parts = [records[i : i + AT_ONCE] for i in range(0, len(records), AT_ONCE)]
     rows: dict[str, dict | Skip] = {}
     with tqdm(total=len(records), desc="looking", unit="item", delay=2) as bar:
-        for part, seen in each(_Look(media, choose, preprocess, video), parts, num_workers):
-            seen = seen or [Skip.of(record.id, record.path, KILLED) for record in part]
+        look = _Look(media, choose, preprocess, video)
+        for part, seen in each(look, records, AT_ONCE, num_workers):
             rows |= {record.id: row for record, row in zip(part, seen, strict=True)}
             bar.update(len(part))
     return [rows[record.id] for record in records]

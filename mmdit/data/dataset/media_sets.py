@@ -24,7 +24,7 @@ from mmdit.data.dataset.problems import Skip, Unusable
 from mmdit.data.dataset.records import Record, media_of, read_records
 from mmdit.data.dataset.sources import files_below, is_sheet
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, probe, read_video
-from mmdit.data.dataset.workers import KILLED, each
+from mmdit.data.dataset.workers import each
 from mmdit.files import expanded
 
 AT_ONCE = 16  # pictures that a worker takes
@@ -186,10 +186,8 @@ def _readable(
 ) -> Iterator[tuple[Record, Tensor]]:
     """Yield what can be read, and say what cannot."""
     chunk = AT_ONCE if shape.frames == 1 else 1
-    parts = [records[i : i + chunk] for i in range(0, len(records), chunk)]
     count = 0
-    for part, results in each(_Read(shape), parts, num_workers):
-        results = results or [Skip.of(record.id, record.path, KILLED) for record in part]
+    for part, results in each(_Read(shape), records, chunk, num_workers):
         for record, result in zip(part, results, strict=True):
             if isinstance(result, Skip):
                 print(f"skipped: {record.path}: {result.reason}", flush=True)

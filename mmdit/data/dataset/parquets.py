@@ -142,12 +142,6 @@ def _leaf(field: Any) -> str:
     return f"{field.name}.bytes" if is_bytes(field.type.field("bytes").type) else ""
 
 
-def _is_struct(value_type: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_struct(value_type)
-
-
 def _is_text(value_type: Any) -> bool:
     """Return whether values are text, or lists of texts."""
     from pyarrow import types
@@ -322,7 +316,8 @@ class _Reader:
             self._error = _damaged(error)
         else:
             # a dot may also stand in the name of a column
-            self._batch = column.flatten()[0] if _is_struct(column.type) else column
+            is_struct = pyarrow.types.is_struct(column.type)
+            self._batch = column.flatten()[0] if is_struct else column
 
 
 def _mean_bytes(group: Any, leaf: str) -> int:

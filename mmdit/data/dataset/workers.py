@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
+from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import Record
 from mmdit.files import naming
 
@@ -182,11 +183,16 @@ def _loaded(records: list[Record]) -> list[Record]:
 
 
 def each(
-    dataset: Dataset, parts: list[list[Record]], num_workers: int, pin_memory: bool = False
+    dataset: Dataset,
+    records: list[Record],
+    at_once: int,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[list[Record], Any]]:
-    """Yield (records, `dataset[records]`) for every part, in order. Parts over which a worker is
-    killed come at the end, record by record, each in a process of its own; where that is killed,
-    too, the result is None."""
+    """Yield (part, `dataset[part]`) for parts of `at_once` records, in order. Parts over which a
+    worker is killed come at the end, record by record, each in a process of its own; where that is
+    killed, too, the result is a list of a `Skip`."""
+    parts = [records[i : i + at_once] for i in range(0, len(records), at_once)]
     suspects: list[Record] = []
     while parts:
         done = 0
@@ -212,7 +218,7 @@ def each(
         try:
             (result,) = results(dataset, [_loaded([record])], 1)
         except WorkerDied:
-            result = None
+            result = [Skip.of(record.id, record.path, KILLED)]
         yield [record], result
 
 

@@ -44,11 +44,12 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
         write = _write_pipeline
     elif args.lora or args.layout:
         write = _write_network
-    exported, said = write(args, command)
+    exported, said = write(args)
+    exported = replace(exported, raw=args.raw_weights, command=command)
     return [*said, *write_card(exported)]
 
 
-def _write_file(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
+def _write_file(args: argparse.Namespace) -> tuple[Exported, list[str]]:
     """Write the one file of our own."""
     if args.expert:
         raise ValueError(
@@ -79,20 +80,17 @@ def _write_file(args: argparse.Namespace, command: str) -> tuple[Exported, list[
         weights.source,
         weights.meta.step,
         sum(tensor.numel() for tensor in weights.tensors.values()),
-        raw=args.raw_weights,
-        command=command,
     )
     return exported, said
 
 
-def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
+def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
     """Write the adapters alone, or a network in the layout of others."""
-    keep = None  # kept apart: what writes a whole model merges them, rounding once
     pipeline, config = load_pipeline(
         args.checkpoint,
         "cpu",
         use_ema=not args.raw_weights,
-        lora=keep,
+        lora=None,  # kept apart: what writes a whole model merges them, rounding once
         overrides=args.overrides,
     )
     choice = joint_choice(pipeline, config, args.expert, args.checkpoint)
@@ -122,8 +120,6 @@ def _write_network(args: argparse.Namespace, command: str) -> tuple[Exported, li
         sum(sizes),
         is_lora=bool(args.lora),
         is_pair=len(model.networks()) > 1,
-        raw=args.raw_weights,
-        command=command,
     )
     lines = [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
     if args.layout and config.model.dtype in ENCODINGS:
@@ -166,7 +162,7 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
     return replace(meta, config=portable_config(config, NEEDED), origin=origin)
 
 
-def _write_pipeline(args: argparse.Namespace, command: str) -> tuple[Exported, list[str]]:
+def _write_pipeline(args: argparse.Namespace) -> tuple[Exported, list[str]]:
     """Write a whole pipeline of Diffusers."""
     try:
         from mmdit.experiment.diffusers_pipeline import save_pipeline
@@ -183,16 +179,13 @@ def _write_pipeline(args: argparse.Namespace, command: str) -> tuple[Exported, l
     )
     out = Path(args.out)
     save_pipeline(pipeline, config, out, DTYPES.get(args.dtype), args.checkpoint)
-    parameters = parameter_count(pipeline.learner)
     exported = Exported(
         out,
         args.layout,
         encode(config),
         pipeline.checkpoint,
         pipeline.step,
-        parameters,
-        raw=args.raw_weights,
-        command=command,
+        parameter_count(pipeline.learner),
     )
     return exported, [f"wrote {out}, which Diffusers opens where mmdit is installed too"]
 

@@ -139,7 +139,7 @@ def preparation(meta, server, waits=None, threads=1, media="image", **options):
     sleep = (waits if waits is not None else []).append
     captioner = ServerCaptioner(server.address, "seer", sleep=sleep, **options)
     return CaptionPreparation(
-        meta, media, meta.parent / "out", captioner, settings, threads=threads, progress=False
+        meta, media, meta.parent / "out", captioner, settings, threads=threads
     )
 
 

@@ -99,6 +99,14 @@ def by_problem(skips: Iterable[Skip]) -> dict[str, list[Skip]]:
     return dict(sorted(groups.items(), key=lambda pair: -len(pair[1])))
 
 
+def skipped_lines(skips: Iterable[Skip]) -> list[str]:
+    """Return a line of a report for each problem."""
+    return [
+        f"  skipped {len(same)}, for example: {same[0].reason} ({same[0].path})"
+        for same in by_problem(skips).values()
+    ]
+
+
 # ── files of a cache ──────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Damage:

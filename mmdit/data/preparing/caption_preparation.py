@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmdit.config import ConfigError, differences, least
-from mmdit.data.dataset.problems import Skip, Unusable, by_problem, list_skipped
+from mmdit.data.dataset.problems import Skip, Unusable, list_skipped, skipped_lines
 from mmdit.data.dataset.records import (
     BLANK,
     PATH_KEYS,
@@ -119,10 +119,7 @@ class CaptionReport:
                 f"{len(self.changed_sources)} records show something else than before, for example"
                 f" {self.changed_sources[0]}: captioned anew"
             )
-        for skips in by_problem(self.skipped).values():
-            lines.append(
-                f"  skipped {len(skips)}, for example: {skips[0].reason} ({skips[0].path})"
-            )
+        lines += skipped_lines(self.skipped)
         if self.waiting:
             lines.append(f"{self.waiting} records have no caption yet, and are not written")
         lines += filter(None, [self.edited])
@@ -150,7 +147,6 @@ class CaptionPreparation:
     replace: bool = False
     threads: int = 0  # 0: one after the other
     prefer: str = ""  # as of `read_records`
-    progress: bool = True  # show a bar
 
     @property
     def out(self) -> Path:
@@ -234,7 +230,7 @@ class CaptionPreparation:
             total=len(pending),
             desc=f"captioning {self.meta_jsonl.name}",
             unit="image" if self.media == "image" else "clip",
-            disable=not (self.progress and pending),
+            disable=not pending,
         )
         with bar:
             for record, result in done_in_threads(self._make, pending, self.threads):

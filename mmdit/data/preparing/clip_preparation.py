@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mmdit.config import differences
-from mmdit.data.dataset.problems import Skip, Unusable, by_problem, list_skipped
+from mmdit.data.dataset.problems import Skip, Unusable, list_skipped, skipped_lines
 from mmdit.data.dataset.records import Record, check_id
 from mmdit.data.dataset.sources import hashed_id
 from mmdit.data.dataset.written_lines import write_lines
@@ -78,9 +78,7 @@ class ClipReport:
                 f"{len(self.changed_films)} films are others than before, and were measured anew,"
                 f" for example {self.changed_films[0]}"
             )
-        for skips in by_problem(self.skipped).values():
-            first = skips[0]
-            lines.append(f"  skipped {len(skips)}, for example: {first.reason} ({first.path})")
+        lines += skipped_lines(self.skipped)
         if not self.clips and not self.waiting:
             lines.append("no clip is left: shots may be shorter than --min_seconds, or still")
         if self.waiting:
@@ -102,7 +100,6 @@ class ClipPreparation:
     out_dir: Path
     name: str
     settings: ShotSettings
-    progress: bool = True  # show a bar
 
     def run(self) -> ClipReport:
         """Measure and cut; return the report. Ctrl-C and SIGTERM return a report with
@@ -170,7 +167,7 @@ class ClipPreparation:
             desc=f"cutting {len(pending)} films",
             unit="B",
             unit_scale=True,
-            disable=not (self.progress and pending),
+            disable=not pending,
         )
         with bar:
             before = 0

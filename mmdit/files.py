@@ -287,10 +287,24 @@ def lock(file: IO, refusal: str = "") -> None:
     os.register_at_fork(after_in_child=let_go)
 
 
+@contextlib.contextmanager
+def held_folder(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder as `take_folder` does until the block ends, and remove it if nothing came to be
+    in it."""
+    held = take_folder(folder, refusal)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
+            os.unlink(folder / LOCK)
+            folder.rmdir()  # only if nothing else is in it
+        held.close()
+
+
 def take_folder(folder: Path, refusal: str) -> IO:
-    """Hold a folder, which is made, until `release_folder` is given what this returns. ValueError:
-    another process holds it (`refusal`), nothing can be written there, or there is a link by the
-    name of the lock."""
+    """Hold a folder, which is made, until what this returns is closed. ValueError: another process
+    holds it (`refusal`), nothing can be written there, or there is a link by the name of the
+    lock."""
     path = folder / LOCK
     while True:
         try:
@@ -312,14 +326,6 @@ def take_folder(folder: Path, refusal: str) -> IO:
             file.close()
             raise
         file.close()  # the process that held it has just removed it
-
-
-def release_folder(folder: Path, held: IO) -> None:
-    """Let go of a folder that `take_folder` took, and remove it if nothing came to be in it."""
-    with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
-        os.unlink(folder / LOCK)
-        folder.rmdir()  # only if nothing else is in it
-    held.close()
 
 
 def _wait_for_lock(file: IO | int) -> None:

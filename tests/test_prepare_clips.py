@@ -23,7 +23,7 @@ from mmdit.data.preparing.shots import (
     gradual_changes,
     hard_cuts,
 )
-from mmdit.files import release_folder, take_folder
+from mmdit.files import held_folder
 from mmdit.scripts import prepare_clips
 from tests.helpers.films import Film, Score, join, make_film, shot, write
 from tests.helpers.tiny import refused
@@ -338,14 +338,13 @@ def test_one_process_at_a_time_cuts_into_a_folder(films, capsys):
     """Two would each write the lines of their own films over those of the other."""
     prepare_clips.main(words(films))
     clips = films.parent / "clips"
-    held = take_folder(clips, "")
-    before = {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()}
     more = words(films, "--min_seconds", "1")
-    refused(
-        capsys, prepare_clips.main, more, "another process is cutting films into", "wait for it"
-    )
-    assert {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()} == before
-    release_folder(clips, held)
+    with held_folder(clips, ""):
+        before = {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()}
+        refused(
+            capsys, prepare_clips.main, more, "another process is cutting films into", "wait for it"
+        )
+        assert {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()} == before
     assert prepare_clips.main(more) == 0 and not (clips / ".lock").exists()
 
 

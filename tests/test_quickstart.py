@@ -66,17 +66,17 @@ def with_short_clips(*words) -> tuple[Pipeline, ExperimentConfig]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One small run in an empty folder."""
-    folder, patch = tmp_path_factory.mktemp("quickstart"), pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("quickstart")
     plan = Plan(images=64, train_seconds=1.0, max_steps=30, batch_size=8, count=8, video_count=2)
-    patch.setattr(quickstart.Plan, "for_device", staticmethod(lambda device: plan))
-    patch.setattr(quickstart, "DATA", folder / "data")
-    patch.setattr(quickstart, "OUT", folder / "runs" / "quickstart")
-    patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=30"])
-    patch.setattr(quickstart.SampleSettings, "of", fewer_steps)
-    patch.setattr(quickstart, "load_pipeline", with_short_clips)
     threads = torch.get_num_threads()
-    assert main(["--device", "cpu"]) == 0
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart.Plan, "for_device", staticmethod(lambda device: plan))
+        patch.setattr(quickstart, "DATA", folder / "data")
+        patch.setattr(quickstart, "OUT", folder / "runs" / "quickstart")
+        patch.setattr(quickstart, "SETTINGS", ["model.depth=1", "train.max_steps=30"])
+        patch.setattr(quickstart.SampleSettings, "of", fewer_steps)
+        patch.setattr(quickstart, "load_pipeline", with_short_clips)
+        assert main(["--device", "cpu"]) == 0
     torch.set_num_threads(threads)
     out = folder / "runs" / "quickstart"
     return out, json.loads((out / "report.json").read_text())

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mmdit.files import release_folder, take_folder
+from mmdit.files import held_folder
 from mmdit.pixels import to_shown
 from mmdit.scripts import (
     estimate_latent_scale,
@@ -374,9 +374,8 @@ def test_two_commands_do_not_draw_into_one_folder(shop, tmp_path, capsys):
     """Each would write samples.json without the samples of the other."""
     run, out = shop.folder / "runs/base", tmp_path / "out"
     words = ["--checkpoint", run, "--device", "cpu", "--prompts", "a", "--out", out]
-    held = take_folder(out, "")
-    refused(capsys, sample.main, words, f"another process is drawing into {out}")
-    release_folder(out, held)
+    with held_folder(out, ""):
+        refused(capsys, sample.main, words, f"another process is drawing into {out}")
     command(run, out, "--prompts", "a")
     assert {path.name for path in out.iterdir()} == {"0000.png", "grid.png", "samples.json"}
 

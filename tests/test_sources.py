@@ -22,7 +22,7 @@ from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames, files_below, ids_for, prepare_folder
 from mmdit.data.dataset.videos import probe, read_video
 from mmdit.data.dataset.written_lines import write_lines
-from mmdit.files import release_folder, take_folder
+from mmdit.files import held_folder
 from mmdit.scripts import cache_vtp_images, cache_vtp_latents, inspect_data
 from mmdit.scripts import prepare_folder as folder_script
 from mmdit.scripts import prepare_frames as frames_script
@@ -353,9 +353,8 @@ def test_frames_are_written_beside_no_lines_of_videos_and_by_one_process(tmp_pat
     refused(capsys, frames_script.main, here, "would be replaced by frames")
     assert meta.read_bytes() == before
     words = ["--meta_jsonl", str(meta), "--out_dir", str(tmp_path / "out"), "--fps", "10"]
-    held = take_folder(tmp_path / "out", "")
-    refused(capsys, frames_script.main, words, "another process is writing frames into")
-    release_folder(tmp_path / "out", held)
+    with held_folder(tmp_path / "out", ""):
+        refused(capsys, frames_script.main, words, "another process is writing frames into")
     assert frames_script.main(words) == 0
 
 

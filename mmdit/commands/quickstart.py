@@ -116,11 +116,17 @@ def summary(report: dict) -> dict:
     }
 
 
-def score(
-    pipeline: Pipeline, config: ExperimentConfig, frames: int, count: int, settings: SampleSettings
-) -> dict:
+def draw_sheet(pipeline: Pipeline, config: ExperimentConfig, path: Path) -> None:
+    """Draw 24 pictures on one sheet."""
+    captions = [prompt.caption for prompt in prompts("seen", video=False)[:24]]
+    settings, video = SampleSettings.of(config.train), config.video
+    pixels = pipeline(captions, video.width, video.height, 1, settings)
+    print(f"pictures: {save_image(contact_sheet(pixels, captions, 6), path)}", flush=True)
+
+
+def score(pipeline: Pipeline, config: ExperimentConfig, frames: int, count: int) -> dict:
     """Prompt accuracy of `count` seen and `count` held-out prompts, with a progress bar."""
-    video = config.video
+    settings, video = SampleSettings.of(config.train), config.video
     with tqdm(
         total=2 * count, desc="drawing and scoring", unit="clip" if frames > 1 else "image"
     ) as bar:
@@ -156,10 +162,7 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     )
     pipeline, config = load_pipeline(SHIPPED, device)
     settings, video = SampleSettings.of(config.train), config.video
-    captions = [prompt.caption for prompt in prompts("seen", video=False)[:24]]
-    pixels = pipeline(captions, video.width, video.height, 1, settings)
-    path = save_image(contact_sheet(pixels, captions, 6), out / "samples" / "grid.png")
-    print(f"pictures: {path}", flush=True)
+    draw_sheet(pipeline, config, out / "samples" / "grid.png")
     captions = [prompt.caption for prompt in prompts("seen", video=True)[:4]]
     clips = pipeline(captions, video.width, video.height, video.num_frames, settings)
     save_image(contact_sheet(clips, captions, 1), out / "samples" / "video_frames.png")
@@ -171,8 +174,8 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
         f"Scoring the shipped model: {plan.count} pictures and {plan.video_count} clips of each"
         " prompt list, judged from the pixels."
     )
-    images = score(pipeline, config, 1, plan.count, settings)
-    videos = score(pipeline, config, video.num_frames, plan.video_count, settings)
+    images = score(pipeline, config, 1, plan.count)
+    videos = score(pipeline, config, video.num_frames, plan.video_count)
     return {
         **summary(images),
         "video": summary(videos),
@@ -252,15 +255,8 @@ def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     seconds = time.perf_counter() - begin
     say("Drawing with the model just trained, and scoring it.")
     pipeline, config = load_pipeline(config.run_dir, device)
-    settings = SampleSettings.of(config.train)
-    captions = [prompt.caption for prompt in prompts("seen", video=False)[:24]]
-    pixels = pipeline(captions, video.width, video.height, 1, settings)
-    print(
-        "pictures:"
-        f" {save_image(contact_sheet(pixels, captions, 6), out / 'samples' / 'from_scratch.png')}",
-        flush=True,
-    )
-    images = score(pipeline, config, 1, plan.count, settings)
+    draw_sheet(pipeline, config, out / "samples" / "from_scratch.png")
+    images = score(pipeline, config, 1, plan.count)
     return {
         **summary(images),
         "parameters": parameter_count(pipeline.learner),

@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from mmdit.adapters import merge
 from mmdit.data.dataset.frames import PreprocessConfig, crop_box, load_first_frame, load_image
 from mmdit.diffusion.samplers import Callback
 from mmdit.experiment.experiment_config import ExperimentConfig
-from mmdit.files import release_folder, take_folder, with_tilde
+from mmdit.files import held_folder, with_tilde
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, variant_of
@@ -101,17 +101,13 @@ def all_processes(args: argparse.Namespace) -> Iterator[World]:
 def alone_in(folder: Path, world: World) -> Iterator[None]:
     """Hold the folder of samples until the block ends. Every process must call. ValueError: another
     command is drawing into it, whose samples.json would be lost, or this one's."""
-    held: list[IO] = []
     refusal = (
         f"another process is drawing into {folder}: wait until it has ended, or choose another"
         " --out"
     )
-    try:
-        world.share(lambda: held.append(take_folder(folder, refusal)))
+    with ExitStack() as stack:
+        world.share(lambda: stack.enter_context(held_folder(folder, refusal)))
         yield
-    finally:
-        for file in held:
-            release_folder(folder, file)
 
 
 def command_line(words: list[str], request: Request | None = None, first: int = 0) -> str:

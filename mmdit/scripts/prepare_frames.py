@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mmdit.data.dataset.records import Record, read_records
 from mmdit.data.dataset.sources import extract_frames
 from mmdit.data.dataset.written_lines import write_lines
-from mmdit.files import clean, is_full, real_path, release_folder, take_folder
+from mmdit.files import clean, held_folder, is_full, real_path
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
@@ -37,18 +37,14 @@ def main(argv: list[str] | None = None) -> int:
         if real_path(out) == real_path(args.meta_jsonl):
             raise ValueError(f"--out_dir is the folder of {out}, which would be replaced by frames")
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
-        held = take_folder(
-            args.out_dir, f"another process is writing frames into {args.out_dir}; wait for it"
-        )
-        try:
+        refusal = f"another process is writing frames into {args.out_dir}; wait for it"
+        with held_folder(args.out_dir, refusal):
             lines, skipped = write_frames(records, args.out_dir, args.fps, args.format)
             if not lines:
                 raise ValueError(
                     "\n".join([f"none of the {len(skipped)} clips could be used:", *skipped[:5]])
                 )
             edited = write_lines(out, "".join(lines))
-        finally:
-            release_folder(args.out_dir, held)
     summary = f"{len(lines)} clips in {out}"
     said = [f"{summary}, {len(skipped)} skipped", *skipped, edited]
     print("\n".join(filter(None, said)))

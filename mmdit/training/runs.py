@@ -8,11 +8,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-from mmdit.files import clean, refuse_link, release_folder, take_folder
+from mmdit.files import clean, held_folder, refuse_link, take_folder
 from mmdit.training import checkpoint
 from mmdit.training.distributed import World
+
+REFUSAL = (
+    "another process is training in {}: wait until it has ended, or choose another folder"
+    " (experiment_name, output_dir)"
+)
 
 
 @contextlib.contextmanager
@@ -20,27 +24,15 @@ def hold(run_dir: Path, world: World = checkpoint.ALONE) -> Iterator[None]:
     """Hold a run folder, which is made, until the block ends; what a killed training has left in it
     is removed first. Every process of the training must call. ValueError: another training holds
     it, or there are links in it. A folder in which nothing came to be is removed at the end."""
-    held: list[IO] = []
 
     def take() -> None:
-        held.append(_take(run_dir))
+        stack.enter_context(held_folder(run_dir, REFUSAL.format(run_dir)))
         refuse_links(run_dir)
         tidy(run_dir)
 
-    try:
+    with contextlib.ExitStack() as stack:
         world.share(take)
         yield
-    finally:
-        for file in held:
-            release_folder(run_dir, file)
-
-
-def _take(run_dir: Path) -> IO:
-    refusal = (
-        f"another process is training in {run_dir}: wait until it has ended, or choose another"
-        " folder (experiment_name, output_dir)"
-    )
-    return take_folder(run_dir, refusal)
 
 
 def refuse_links(run_dir: Path) -> None:
@@ -62,6 +54,6 @@ def tidy(run_dir: Path) -> None:
 def discard(run_dir: Path) -> None:
     """Remove a run folder with all that is in it. ValueError: another process is training there."""
     if run_dir.exists():
-        held = _take(run_dir)
+        held = take_folder(run_dir, REFUSAL.format(run_dir))
         shutil.rmtree(run_dir, ignore_errors=True)
         held.close()

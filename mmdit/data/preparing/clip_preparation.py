@@ -28,10 +28,9 @@ from mmdit.data.preparing.film_signals import FilmSignals
 from mmdit.data.preparing.shots import ShotSettings, columns, cut_into_clips, duration
 from mmdit.files import (
     clean,
+    held_folder,
     is_full,
     read_object,
-    release_folder,
-    take_folder,
     write_atomically,
 )
 from mmdit.signals import interruptible
@@ -108,11 +107,8 @@ class ClipPreparation:
         self.report = ClipReport(len(self.records))
         self.rows: dict[str, list[dict]] = {}  # id of a film → the lines of its clips
         refusal = f"another process is cutting films into {self.out_dir}; wait for it"
-        held = take_folder(self.out_dir, refusal)
-        try:
+        with held_folder(self.out_dir, refusal):
             self._run()
-        finally:
-            release_folder(self.out_dir, held)
         return self.report
 
     def _run(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmdit.adapters import LoRAConfig, inject
 from mmdit.models.routing import TreadConfig
 from mmdit.nn import activations
 from mmdit.nn.activations import Activations, Away, Channel, Sent, recompute
@@ -205,3 +206,23 @@ def test_the_video_model_has_the_same_gradients_with_activations_on_the_cpu(
     assert all(map(torch.equal, *results))
     # of a recomputed block the stream, and what is added to it but in the first block of a run
     assert len(late.taken) == (3 if tread else 5) if checkpointing else len(late.taken) > 20
+
+
+@pytest.mark.parametrize("place", ["block", "adapter"])
+def test_what_is_recomputed_drops_what_was_dropped(place):
+    gradients = []
+    for checkpointing in (False, True):
+        dropout = 0.5 if place == "block" else 0.0
+        model = awake(replace(SMALL, checkpointing=checkpointing, dropout=dropout)).train()
+        if place == "adapter":
+            lora = LoRAConfig(enabled=True, rank=2, target_modules=("blocks.*",), dropout=0.5)
+            inject(model, lora, seed=0)
+            for name, weight in model.named_parameters():
+                if name.endswith("lora_B"):
+                    nn.init.ones_(weight)
+        torch.manual_seed(1)
+        model(clip(2, 2, 4, 4), TIMES, captions(2)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 8
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)

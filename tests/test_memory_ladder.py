@@ -1,6 +1,7 @@
 """Frozen weights kept as 8-bit floats or away from the device compute what plain ones do; plans are
 what a step really takes."""
 
+import copy
 import gc
 import json
 import math
@@ -487,7 +488,7 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
+def test_a_plan_counts_the_gradients_that_a_graph_is_compared_with(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Learner, "compile_model", lambda learner, backend: None
     )  # what takes time, and adds nothing here
@@ -496,7 +497,7 @@ def test_a_plan_counts_the_gradients_that_graphs_keep(tmp_path, monkeypatch):
         plan_training(config, sizes),
         plan_training(replace(config, train=replace(config.train, replays=False)), sizes),
     )
-    assert found.total - without.total == found.gradients > 0
+    assert found.total - without.total == 2 * found.gradients > 0
     monkeypatch.setattr(memory_plan, "SMALL", 0)
     assert plan_training(config, sizes) == without
 
@@ -788,6 +789,31 @@ def test_gradients_of_the_first_micro_batch_are_there_in_the_second():
     assert twice.total - once.total > 0.5 * once.gradients and twice.activations == once.activations
 
 
+PICTURES = {
+    "experiment_name": "speed",
+    "video": {"width": 256, "height": 256},
+    "tokenizer": {"type": "dummy", "latent_d": 64},
+    "text_encoder": {"type": "hash", "dim": 512},
+    "model": {"dim": 768, "depth": 12, "num_heads": 12},
+    "train": {"compile": False, "batch_size": 64},
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "words, measured",  # GB on one H200, as docs/speed.md has them
+    [
+        ((), 12.60),
+        (("model.checkpointing=true",), 5.74),
+        (("model.checkpointing=true", "train.replays=false"), 4.36),
+    ],
+)
+def test_plans_lie_near_what_an_h200_took(words, measured):
+    config = decode(ExperimentConfig, apply_overrides(copy.deepcopy(PICTURES), list(words)))
+    total = plan_training(config).total
+    assert total / 1e9 == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.thorough
 def test_making_the_graph_of_the_update_needs_all_that_it_changes_twice_more():
     small, plain = "model.depth=1", "train.replays=false"
@@ -795,9 +821,9 @@ def test_making_the_graph_of_the_update_needs_all_that_it_changes_twice_more():
     more = 2 * (launched.weights + launched.optimizer)
     assert replayed.total - launched.total > more / 2
     small = (small, "train.offload_optimizer=true")
-    # then only the graphs of steps keep something: gradients
+    # then only the graphs of steps keep something: gradients, and twice that while they are made
     replayed, launched = plan_training(tiny(*small)), plan_training(tiny(*small, plain))
-    assert replayed.total - launched.total == launched.gradients
+    assert 1 <= (replayed.total - launched.total) / launched.gradients <= 2
 
 
 def test_rungs_leave_out_what_is_chosen_already():

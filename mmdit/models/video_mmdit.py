@@ -321,9 +321,7 @@ class VideoMMDiT(Denoiser):
     def can_be_captured(self, training: bool) -> bool:
         if self.context is not None:  # a replay would not wait for the other processes
             return False
-        return not training or not (
-            self.config.checkpointing or self.config.offload_activations or self.config.dropout
-        )
+        return not training or not (self.config.offload_activations or self.config.dropout)
 
     def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> Share | None:
         """Return the part of this process in a clip; None: it computes everything, as it does where

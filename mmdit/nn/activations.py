@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from mmdit.nn.kept import capturing
 from mmdit.nn.page_locked import PageLocked, laid_out
 
 
@@ -27,8 +28,10 @@ class Settings(Protocol):
 
 def recompute(block: nn.Module, *inputs: Any) -> Any:
     """Return `block(*inputs)`, which is computed again in the backward pass; only the inputs are
-    kept for it."""
-    return checkpoint(block, *inputs, use_reentrant=False)
+    kept for it, and the state of the generators. That state cannot be read while a CUDA graph is
+    captured, and a network that draws numbers is not captured."""
+    draws = not capturing()
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 class Activations:

@@ -325,9 +325,7 @@ def _plan(
     state += signs // 8  # of the last gradients
     constant = weights - moved + slots + state + averaged
     replayed = train.replays and suits(learner.model)
-    replayed = (
-        replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL
-    )  # its graphs keep gradients
+    replayed = replayed and operations(learner.model, latents, learner.text_tokens, keep) <= SMALL
     if (
         train.replays
         and not narrow
@@ -338,7 +336,13 @@ def _plan(
         # there three times.
         constant += gradients
         step = max(step, gradients + 2 * (sum(p.nbytes for p in trained) + state))
-    peak = constant + max(meter.peak - before, step) + MATRIX_LIBRARY + replayed * gradients
+    backward = meter.peak - before
+    if replayed:
+        # Before a graph is kept, it is compared with two calls of the network: their gradients are
+        # there while a third call is captured.
+        backward += 2 * gradients
+        step += gradients
+    peak = constant + max(backward, step) + MATRIX_LIBRARY
     return MemoryPlan(
         weights - moved + slots,
         gradients,

@@ -44,8 +44,8 @@ ROOM = 0.05  # share of the GPU's memory for the gradients that the graphs of ea
 
 def suits(model: Denoiser) -> bool:
     """Return whether steps of `model` can be replayed: not where they depend on more than inputs
-    and weights (dropout, an adapter's alpha), nor where hooks belong to them (shards,
-    checkpointing)."""
+    and weights (dropout, an adapter's alpha), nor where hooks belong to them (shards, activations
+    that wait in the memory of the CPU)."""
     if gathers_weights(model) or adapters(model):
         return False
     return model.can_be_captured(training=True)

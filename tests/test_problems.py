@@ -6,6 +6,7 @@ import pytest
 
 from mmdit.data.dataset.frames import naming
 from mmdit.data.dataset.problems import Damage, Damaged, Skip, Unusable, by_problem
+from mmdit.data.dataset.records import Record
 
 
 def test_an_error_of_a_source_crosses_processes_and_keeps_its_parts():
@@ -25,7 +26,7 @@ def test_a_frame_is_named_and_counts_under_its_problem(tmp_path):
         path = tmp_path / f"{number}.png"
         with pytest.raises(Unusable) as caught, naming(path):
             path.read_bytes()
-        skips.append(Skip.of(f"clip{number}", "clips", caught.value))
+        skips.append(Skip.of(Record(f"clip{number}", "clips", ""), caught.value))
     assert [skip.reason for skip in skips] == [
         "file not found (frame 1.png)",
         "file not found (frame 2.png)",
@@ -34,9 +35,9 @@ def test_a_frame_is_named_and_counts_under_its_problem(tmp_path):
 
 
 def test_a_skip_knows_whether_the_file_system_failed_and_is_read_back_from_its_line():
-    denied = Skip.of("a", "a.png", PermissionError(13, "Permission denied"))
-    broken = Skip.of("b", "b.png", Unusable("damaged picture", "broken: data"))
-    other = Skip.of("c", "c.png", RuntimeError("what: ever"))
+    denied = Skip.of(Record("a", "a.png", ""), PermissionError(13, "Permission denied"))
+    broken = Skip.of(Record("b", "b.png", ""), Unusable("damaged picture", "broken: data"))
+    other = Skip.of(Record("c", "c.png", ""), RuntimeError("what: ever"))
     assert (denied.unreachable, broken.unreachable) == (True, False)
     assert (other.problem, other.reason) == ("RuntimeError", "RuntimeError: what: ever")
     assert Skip.from_json(broken.to_json()) == broken

@@ -66,7 +66,7 @@ class UnencodedItems(LatentCache):
             try:
                 made = [] if isinstance(row, Skip) else list(self._entries(record, row, manifest))
             except ValueError as error:  # too short for a tokenizer that joins frames
-                row = Skip.of(record.id, record.path, error)
+                row = Skip.of(record, error)
                 made = []
             if isinstance(row, Skip):
                 self.skips.append(row)

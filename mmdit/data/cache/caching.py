@@ -204,7 +204,7 @@ class Caching:
         reason = "latents are not finite in float16"
         self._remove([*bad, *chain.from_iterable(m.repeated for m in metas if m.id not in bad)])
         with self.counting:
-            self.report.skipped += [Skip.of(id, "", reason) for id in bad]
+            self.report.skipped += [Skip(id, "", reason, reason) for id in bad]
             for meta in metas:
                 if meta.id not in bad:
                     self.report.written += 1
@@ -247,7 +247,7 @@ class Caching:
         if state == "missing":
             kept = "the cache keeps what this id had before, as it was"
             absent = Unusable("file not found", kept)
-            self.report.skipped.append(Skip.of(record.id, record.path, absent))
+            self.report.skipped.append(Skip.of(record, absent))
             return True
         if state == "gone":
             self.report.gone.append(f"{record.id}: {record.path}")

@@ -116,7 +116,7 @@ class Decode(Dataset):
                 coded = self.coded(record)
                 crops = [] if coded else self.crops(record)
             except Exception as error:  # decoders raise almost anything on damaged files
-                result.skips.append(Skip.of(record.id, record.path, error))
+                result.skips.append(Skip.of(record, error))
                 continue
             if coded:
                 result.coded.append(coded)
@@ -195,7 +195,7 @@ class Decode(Dataset):
                     else [(crop[None], meta) for crop, meta in zip(crops, coded.metas, strict=True)]
                 )
             except Exception as error:  # decoders raise almost anything on damaged files
-                result.skips.append(Skip.of(coded.record.id, coded.record.path, error))
+                result.skips.append(Skip.of(coded.record, error))
                 continue
             for pixels, meta in pairs:
                 result.groups.append((torch.as_tensor(pixels)[None], [meta]))

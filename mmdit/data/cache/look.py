@@ -44,7 +44,7 @@ class _Look(Dataset):
             width, height = self.choose(image.size)
             boxes = boxes_of(image.size, (width, height), self.preprocess, record.id)
         except Exception as error:  # decoders raise almost anything on damaged files
-            return Skip.of(record.id, record.path, error)
+            return Skip.of(record, error)
         left, top, right, bottom = next(iter(boxes.values()))
         kept = (right - left) * (bottom - top) / (image.width * image.height)
         return {

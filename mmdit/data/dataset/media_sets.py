@@ -134,7 +134,7 @@ class _Read(Dataset):
             try:
                 results.append(self.read(record))
             except Exception as error:  # decoders raise almost anything on damaged files
-                results.append(Skip.of(record.id, record.path, error))
+                results.append(Skip.of(record, error))
         return results
 
     def read(self, record: Record) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mmdit.data.dataset.records import Record
 from mmdit.files import write_atomically
 
 
@@ -55,11 +56,11 @@ class Skip:
     unreachable: bool = False
 
     @classmethod
-    def of(cls, id: str, path: str, error: Exception | str) -> Skip:
+    def of(cls, record: Record, error: Exception | str) -> Skip:
         """Return the skip of a record because of an error, or of a phrase that is the reason."""
         unreachable = isinstance(error, OSError) and error.errno is not None
         cause = Unusable(error) if isinstance(error, str) else Unusable.of(error)
-        return cls(id, path, str(cause), cause.problem, unreachable)
+        return cls(record.id, record.path, str(cause), cause.problem, unreachable)
 
     @classmethod
     def from_json(cls, row: dict) -> Skip:

@@ -218,7 +218,7 @@ def each(
         try:
             (result,) = results(dataset, [_loaded([record])], 1)
         except WorkerDied:
-            result = [Skip.of(record.id, record.path, KILLED)]
+            result = [Skip.of(record, KILLED)]
         yield [record], result
 
 

@@ -280,7 +280,7 @@ class CaptionPreparation:
                 self.report.captions += len(note.captions)
 
     def _skip(self, record: Record, error: Exception) -> None:
-        self.report.skipped.append(Skip.of(record.id, record.path, error))
+        self.report.skipped.append(Skip.of(record, error))
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────
     def _write(self) -> None:

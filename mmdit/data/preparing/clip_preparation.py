@@ -223,7 +223,7 @@ class ClipPreparation:
         }
 
     def _skip(self, record: Record, error: Exception) -> None:
-        self.report.skipped.append(Skip.of(record.id, record.path, error))
+        self.report.skipped.append(Skip.of(record, error))
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────
     def _write(self) -> None:

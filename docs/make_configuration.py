@@ -20,8 +20,9 @@ dataclasses there, then run it. -->
 
 A config is one YAML file of sections. Every key has a default but `experiment_name`; unknown keys,
 wrong types and combinations that cannot be are refused with file, line and what to do. Words at the
-end of a command override the file: `train.lr=2e-4 lora.enabled=true`. Where a section has a `type`,
-it decides which other keys there are.
+end of a command override the file: `train.lr=2e-4 lora.enabled=true`; a section as a whole,
+`"model={size: B}"`, takes the place of the one in the file, whose other keys are gone. Where a
+section has a `type`, it decides which other keys there are.
 
 Types: *path* is a text in which `~` is the home folder; *a or b* lists the words that may stand
 there. Times and noise levels run from 0 (clean) to 1 (noise).

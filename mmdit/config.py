@@ -245,14 +245,20 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
 
 def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
     """`section.key=value` words, as given on a command line, over `mapping` (a copy is
-    returned)."""
+    returned). A whole section, `section={key: value}`, takes the place of the one that is there."""
     result = {
         key: dict(value) if isinstance(value, dict) else value for key, value in mapping.items()
     }
-    for word in overrides:
+    for number, word in enumerate(overrides):
         path, equals, text = word.partition("=")
         if not equals or not path:
             raise ConfigError("", f"override {word!r} is not of the form section.key=value")
+        if lost := [earlier for earlier in overrides[:number] if earlier.startswith(f"{path}.")]:
+            raise ConfigError(
+                "",
+                f"override {word!r} takes the place of all of {path}:, and {lost[0]!r} before it"
+                " would be lost; write the whole section first",
+            )
         value = parse_value(text, f"override {word!r}")
         target = result
         *parents, last = path.split(".")

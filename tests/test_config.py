@@ -151,6 +151,17 @@ def test_overrides(tmp_path):
     assert apply_overrides({"shape": None}, ["shape.side=2"]) == {"shape": {"side": 2}}
 
 
+def test_a_whole_section_takes_no_override_back():
+    words = ["shape={type: square}", "shape.side=7"]
+    assert apply_overrides({"shape": {"kept": 1}}, words)["shape"] == {"type": "square", "side": 7}
+    with pytest.raises(ConfigError, match="'shape.side=7' before it would be lost"):
+        apply_overrides({}, words[::-1])
+    assert apply_overrides({}, ["shapes.side=7", "shape={}"]) == {
+        "shapes": {"side": 7},
+        "shape": {},
+    }
+
+
 @pytest.mark.parametrize("text", ["run #2", "#2", '"run" # 2', "é #z", "[a, b] # c"])
 def test_an_override_loses_nothing_to_a_comment(text):
     with pytest.raises(ConfigError, match="as a comment"):

@@ -29,7 +29,7 @@ from mmdit.training import media
 from mmdit.training.media import contact_sheet, read_back, save_sample, sheet_holds
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.requests import Request
-from mmdit.training.samples import weights_digest
+from mmdit.training.samples import check_files, weights_digest
 from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 
@@ -528,3 +528,14 @@ def test_no_file_is_written_over_that_samples_json_does_not_list(draw, tmp_path,
     mine.write_bytes(b"mine")
     story.write_text(json.dumps(rows))
     assert draw("out", "--replace")["0003.png"] == whole["0003.png"]
+
+
+@pytest.mark.parametrize("content", [b"train: {lr: 1.0e-3}\n", b"\xff\xd8\xff\xe0", b"a cat\n"])
+def test_a_file_that_no_command_wrote_is_not_replaced(tmp_path, content):
+    path = tmp_path / "there"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="--save .*there is there, .* it would be lost"):
+        check_files(save=str(path))
+    for ours in (b"", b'{"mean": [0.0]}', b"\x89PNG\r\n", b"<!doctype html>\n<html>"):
+        path.write_bytes(ours)
+        check_files(save=str(path))

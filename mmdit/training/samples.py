@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmdit.config import differences
 from mmdit.data.dataset.sources import is_sheet
-from mmdit.files import expanded, read_object, real_path, write_atomically
+from mmdit.files import expanded, open_regular, read_object, real_path, write_atomically
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -32,18 +32,27 @@ from mmdit.training.requests import Request, batches
 
 STORY, GRID = "samples.json", "grid.png"
 NAME = re.compile(r"\d{4,}\.(png|mp4)")  # what this module writes, and therefore may remove
+WRITTEN = (b"{", b"\x89PNG", b"<!doctype html>")  # so files begin that options name to be written
 ELEMENTS = 4096  # of each weight, for `weights_digest`
 
 
 def check_writable(path: str | Path, folder: bool, option: str = "out") -> None:
     """Raise ValueError before hours of work if the file or folder `path`, of this option, cannot be
-    made where it is asked for."""
+    made where it is asked for, or the file would replace one that no such command wrote."""
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         there, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
         raise ValueError(
             f"--{option} {path} is {there}, but {wanted} is to be written there; choose another"
         )
+    if path.is_file() and not folder:
+        with open_regular(path) as file:
+            head = file.read(len(max(WRITTEN, key=len)))
+        if head and not head.startswith(WRITTEN):
+            raise ValueError(
+                f"--{option} {path} is there, and is no report, sheet or page that a command wrote:"
+                " it would be lost; choose another name, or remove it"
+            )
     nearest = path if folder else path.parent
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

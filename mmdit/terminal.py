@@ -149,4 +149,6 @@ def message_of(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = f"{text.strip()}. Free disk space, then run the same command again"
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        text = f"{text.strip()}: a file is there, where a folder is to be; choose another place"
     return text.strip()

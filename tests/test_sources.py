@@ -283,6 +283,14 @@ def test_lines_of_parts_of_videos_are_not_replaced_by_whole_videos(tmp_path, cap
     assert path.read_bytes() == before
 
 
+def test_a_place_that_cannot_hold_the_lines_is_told(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    words = ["--folder", str(tmp_path)]
+    refused(capsys, folder_script.main, [*words, "--split", "a/b"], "'a/b', must be a name without")
+    there = str(tmp_path / "a.png")
+    refused(capsys, folder_script.main, [*words, "--out_dir", there], "where a folder is to be")
+
+
 def test_a_line_that_would_be_lost_is_told_and_one_that_cannot_be_read_is_refused(tmp_path, capsys):
     """A file that is named in another way is the same file; a second line for it has no place."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")

@@ -7,6 +7,8 @@ Writes train_images.jsonl and train_videos.jsonl. A missing caption is empty (tr
 unconditional) and counted.
 """
 
+from pathlib import Path
+
 from mmdit.data.dataset.sources import prepare_folder
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.listing import advised_caching
@@ -29,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     with friendly():
+        if Path(args.split).name != args.split:
+            raise ValueError(
+                f"--split is {args.split!r}, must be a name without folders: files begin with it"
+            )
         report = prepare_folder(args.folder, args.out_dir, args.split, args.caption_per_line)
         print(report.text())
     for path in report.written:

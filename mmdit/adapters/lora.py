@@ -265,14 +265,14 @@ def near(word: str, names: list[str]) -> str:
 
 def summary(names: list[str]) -> str:
     """Return `blocks.*.q ×12, head ×1`, for messages."""
-    counts = Counter(map(_without_numbers, names))
+    counts = Counter(map(kind_of, names))
     words = [f"{name} ×{count}" for name, count in counts.items()]
     if len(words) > 20:
         words[20:] = ["…"]
     return ", ".join(words) or "none"
 
 
-def _without_numbers(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return `blocks.*.cross.k` of `blocks.3.cross.k`."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
@@ -428,7 +428,7 @@ def coverage(model: nn.Module) -> str:
     rows: dict[str, list[int]] = {}
     shapes = {}
     for name, layer in adapters(model).items():
-        title = _without_numbers(name)
+        title = kind_of(name)
         added = sum(parameter.numel() for parameter in layer.adapter_parameters().values())
         before = rows.get(title, [0, 0, 0])
         rows[title] = [before[0] + 1, before[1] + layer.weight.numel(), before[2] + added]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdit.adapters import Adapter, DoRALinear, LoKrLinear
+from mmdit.adapters.lora import kind_of
 from mmdit.weights import check_numbers
 
 EXACT = 1024  # up to this width a spectral norm comes from an eigenvalue
@@ -110,7 +111,7 @@ def summarise(changes: list[Change]) -> dict:
         number = re.search(r"(?:^|\.)blocks\.(\d+)\.", change.layer)
         names = {
             "layers": change.layer,
-            "kinds": re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", change.layer),
+            "kinds": kind_of(change.layer),
             "blocks": number[1] if number else "outside",
         }
         for group, name in names.items():

@@ -72,17 +72,22 @@ def save_lora(
         os.replace(place, path)
 
 
-def _check(model: nn.Module, path: Path, format: str) -> None:
-    layers, changed = adapters(model), differences(model)
+def check_place(path: Path, format: str) -> None:
+    """Raise ValueError unless adapters in `format` can be written to `path`."""
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; must be one of {', '.join(FORMATS)}")
-    form = FORMATS[format]
-    if not layers and not changed:
-        raise ValueError("the model has no adapters to save")
-    if form.strength != "config" and path.suffix != ".safetensors":
+    if FORMATS[format].strength != "config" and path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors: {format} is one file")
     if path.exists():
         raise ValueError(f"{path} is there already; choose another place")
+
+
+def _check(model: nn.Module, path: Path, format: str) -> None:
+    layers, changed = adapters(model), differences(model)
+    check_place(path, format)
+    form = FORMATS[format]
+    if not layers and not changed:
+        raise ValueError("the model has no adapters to save")
     if not form.lycoris and any(isinstance(layer, LoKrLinear) for layer in layers.values()):
         raise ValueError(f"{format} files hold no LoKr; choose kohya or comfy")
     if not form.lycoris and changed:

@@ -1,0 +1,184 @@
+"""Put the difference of two models into a LoRA: see `mmdit.scripts.extract_lora`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmdit.adapters.layers import LoRALinear, is_adapter
+from mmdit.adapters.lora import (
+    LoRAConfig,
+    Make,
+    adapters,
+    add_differences,
+    insert,
+    kind_of,
+    select,
+)
+from mmdit.commands.inspect_adapter import is_ours
+from mmdit.diagnostics.adapter_norms import EXACT
+from mmdit.experiment.load import load_pipeline
+from mmdit.interfaces import Denoiser
+from mmdit.interop.wan_weights import load_dit
+from mmdit.nn.stored_weights import StoredWeight
+from mmdit.training.expert_choice import joint_choice
+
+# Of larger matrices the singular vectors come from a random basis with so many more vectors than
+# the rank, after so many products with the matrix (Halko et al. 2011, algorithm 4.4).
+MORE_VECTORS, PRODUCTS = 16, 4
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Hold the norms of one layer's weight, of its change, and of what the LoRA leaves of that."""
+
+    layer: str
+    weight: float
+    change: float
+    rest: float
+
+
+@dataclass
+class Extracted:
+    """`layers`: what the LoRA holds. `others`: the names of further parameters that changed."""
+
+    layers: list[Extraction] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+def network_of(path: str, expert: str | None, merged: bool) -> Denoiser:
+    """Return the network of a run, checkpoint or export of ours, its adapters `merged` or beside
+    it, or of Wan weights of any layout, which stay in their files."""
+    if not is_ours(path):
+        return load_dit(path, expert=expert, in_file=True)
+    pipeline, config = load_pipeline(path, "cpu", lora=True if merged else None)
+    return joint_choice(pipeline, config, expert, path).network
+
+
+@torch.no_grad()
+def extract(
+    base: Denoiser,
+    tuned: Denoiser,
+    targets: tuple[str, ...],
+    rank: int,
+    device: torch.device,
+    whole: bool = False,
+) -> Extracted:
+    """Give `base` a LoRA of at most `rank` in each linear layer that `targets` choose (none: all of
+    the blocks) and whose weight `tuned` changes, nearest to that change in the Frobenius norm.
+    `whole`: add the changes of all other parameters to it as whole differences. ValueError: the
+    networks are not alike, or no chosen layer differs."""
+    if not targets:
+        targets = ("blocks.*", *(f"blocks.*{name}*" for name in base.lora_only_if_named))
+    parameters = {name: value for name, value in tuned.named_parameters() if not is_adapter(name)}
+    # in bfloat16 a merged weight would keep a part of a small update
+    adapted = {f"{name}.weight": layer for name, layer in adapters(tuned).items()}
+    _check_alike(dict(base.named_parameters()), parameters)
+    chosen = {f"{name}.weight": name for name in select(base, LoRAConfig(target_modules=targets))}
+    result, makers, differences = Extracted(), {}, {}
+    rows = tqdm(base.named_parameters(), total=len(parameters), desc="layers", delay=2)
+    for name, parameter in rows:
+        before = plain(parameter).to(precision(parameters[name])).float()
+        layer = adapted.get(name)
+        after = plain(parameters[name]) if layer is None else layer.merged_weight().float()
+        change = after - before
+        if not change.any():
+            continue
+        if name not in chosen:
+            result.others.append(name)
+            if whole:
+                differences[name] = change
+            continue
+        place, moved = chosen[name], change.to(device)
+        factors = nearest(moved, rank)
+        makers[place] = _maker({part: factor.cpu() for part, factor in factors.items()})
+        rest = (moved - factors["lora_B"] @ factors["lora_A"]).norm().item()
+        norms = before.norm().item(), moved.norm().item()
+        result.layers.append(Extraction(place, *norms, rest))
+    if not makers:
+        raise ValueError(
+            f"the two models do not differ in a linear layer that {', '.join(targets)} chooses, but"
+            f" in {len(result.others)} other parameters: there is nothing for a LoRA to hold"
+        )
+    insert(base, makers)
+    add_differences(base, differences)
+    return result
+
+
+def plain(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter in float32, read from its file if it lies there."""
+    value = parameter.detach()
+    return (value.whole() if isinstance(value, StoredWeight) else value).float()
+
+
+def precision(parameter: nn.Parameter) -> torch.dtype:
+    """Return the type in which a weight is stored. Rounding to it is no change that a training
+    made."""
+    if isinstance(parameter, StoredWeight) and parameter.scale is None:
+        return parameter.codes.dtype
+    return parameter.dtype
+
+
+def _check_alike(before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:
+    for name in (*before, *after):
+        shapes = [tuple(part[name].shape) if name in part else None for part in (before, after)]
+        if shapes[0] != shapes[1]:
+            said = ["is not there" if shape is None else f"is {shape}" for shape in shapes]
+            raise ValueError(
+                f"the two models are not of one kind: {name} {said[0]} in --base and {said[1]} in"
+                " --tuned; name the model that was tuned, and what became of it"
+            )
+
+
+def nearest(matrix: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return `lora_A (r, in)` and `lora_B (out, r)`, float32, whose product is the matrix of rank
+    `r` nearest to `matrix (out, in)`, r being `rank` or, if less, the smaller side. Both factors
+    have the same singular values. Of large matrices it is near to the nearest."""
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= max(EXACT, rank + MORE_VECTORS):
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        right = right.mT
+    else:
+        with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+            torch.manual_seed(0)
+            left, values, right = torch.svd_lowrank(matrix, rank + MORE_VECTORS, PRODUCTS)
+    roots = values[:rank].sqrt()
+    return {
+        "lora_A": (right[:, :rank] * roots).mT.float().contiguous(),
+        "lora_B": (left[:, :rank] * roots).float().contiguous(),
+    }
+
+
+def _maker(factors: dict[str, Tensor]) -> Make:
+    rank = len(factors["lora_A"])
+    return lambda base, _generator: LoRALinear.of(base, factors, alpha=float(rank))
+
+
+def table(extracted: Extracted) -> Iterator[str]:
+    """Yield the lines that say for each sort of layer how far it moved, and which share of the
+    square of that the LoRA holds."""
+    sorts: dict[str, list[Extraction]] = {}
+    for row in extracted.layers:
+        sorts.setdefault(kind_of(row.layer), []).append(row)
+    yield f"{'':34}  layers  ‖ΔW‖/‖W‖     held    least"
+    for name, rows in {**sorts, "all": extracted.layers}.items():
+        weight = math.hypot(*(row.weight for row in rows))
+        change = math.hypot(*(row.change for row in rows))
+        rest = math.hypot(*(row.rest for row in rows))
+        least = min(1 - (row.rest / row.change) ** 2 for row in rows)
+        held = 1 - (rest / change) ** 2
+        ratio = change / max(weight, 1e-30)
+        yield f"{name:34}  {len(rows):>6}  {ratio:>9.4f} {held:>8.1%} {least:>8.1%}"
+
+
+def place_of(out: Path) -> str:
+    """Return `wrote OUT (… MB)`, of a file or a folder."""
+    files = out.rglob("*") if out.is_dir() else [out]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return f"wrote {out} ({size / 1e6:.1f} MB)"

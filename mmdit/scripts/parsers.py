@@ -11,7 +11,8 @@ from mmdit.config import MOST_INT
 MAY_BE_EMPTY = ("--negative", "--prompts")  # the empty prompt is one
 ONCE = (  # what names things that are read: of two only the last would be
     *("config", "meta_jsonl", "folder", "cache_dir", "checkpoint", "prompts", "prompts_file"),
-    *("runs", "samples", "real", "held_out", "base", "adapter", "lora", "lora_low", "refine"),
+    *("runs", "samples", "real", "held_out", "base", "tuned", "adapter"),
+    *("lora", "lora_low", "refine"),
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmdit.commands import posttrain as posttrain_command
 from mmdit.config import ConfigError
 from mmdit.diffusion import FlowMatching
 from mmdit.posttrain import losses, online, srpo
@@ -98,6 +99,20 @@ def test_scores_of_another_measure_are_not_compared(shop, capsys):
     assert score > 0 > best[0] and best[1] == 2
     posttrain.main(command(shop, "measures", *given, "train.max_steps=3"))
     assert "evaluation measures" not in capsys.readouterr().out
+
+
+def test_a_resume_says_which_settings_come_too_late_for_pairs_that_are_made():
+    stored = {"lora": {"enabled": False}, "seed": 1, "train": {"lr": 0.1}}
+    now = stored | {"seed": 2, "train": {"lr": 0.2}}
+
+    def late(**dpo) -> list[bool]:
+        settings = PosttrainConfig(algorithm="dpo", dpo=DPOConfig(**dpo))
+        return [
+            "are made already" in line for line in posttrain_command._changed(settings, stored, now)
+        ]
+
+    assert late() == [True, False], "the seed and the learning rate"
+    assert not any(late(source="online") + late(pairs="mine.safetensors"))
 
 
 def test_milestones_that_no_epoch_ends_at_are_refused(shop, capsys):

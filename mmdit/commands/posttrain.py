@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from mmdit.files import Sum, with_tilde
 from mmdit.interfaces import Denoiser
 from mmdit.posttrain.dpo_offline import stored_pairs
 from mmdit.posttrain.loop import post_train
+from mmdit.posttrain.posttrain_config import PosttrainConfig
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.setup import Files
 from mmdit.posttrain.srpo import check_pace, real_latents
@@ -55,6 +57,9 @@ from mmdit.training.run_start import record_start
 from mmdit.training.runs import hold
 from mmdit.training.trackers import require_library, tracking
 from mmdit.training.train_state import TrainState
+
+OF_PAIRS = ("seed:", "posttrain.prompts_per_epoch:", "posttrain.group_size:", "posttrain.rollout.")
+OF_PAIRS += ("posttrain.rewards", "posttrain.reward_frames:", "posttrain.dpo.collect:")
 
 
 def _check(config: ExperimentConfig) -> None:
@@ -141,6 +146,16 @@ def _check(config: ExperimentConfig) -> None:
             f"is {config.model.conditioning}, but post-training gives no small clips to redraw; "
             "post-train the model that draws them",
         )
+
+
+def _changed(settings: PosttrainConfig, stored: dict, now: dict) -> Iterator[str]:
+    """Yield a line for each setting of a resumed run that is another one than in `stored`, and say
+    where it comes too late: offline DPO makes its pairs once."""
+    makes_pairs = settings.compares_samples and settings.algorithm == "dpo"
+    late = OF_PAIRS if makes_pairs and settings.in_single_updates else ()
+    for line in changes(stored, now):
+        note = " (the pairs of this run are made already)" if line.startswith(late) else ""
+        yield f"  config changed: {line}{note}"
 
 
 def _with_first_model(
@@ -265,7 +280,7 @@ def posttrain(
             notes = session.restore(resumed) + kept_no_longer(stored, now)
             lines = [
                 f"resuming {resumed} at update {state.step}; the reference: {lines[0]}",
-                *(f"  config changed: {line}" for line in changes(stored, now)),
+                *_changed(settings, stored, now),
                 *(f"  {line}" for line in notes + other_rate(stored, now, state.step)),
                 *(f"  {line}" for line in other_data(meta.origin.get("data") or [], data)),
             ]
@@ -354,11 +369,11 @@ def describe_session(session: Session) -> list[str]:
             f" {config.micro_batch}, {config.updates_per_epoch} updates"
         )
         if config.algorithm == "dpo" and config.dpo.source == "offline":
-            stored_pairs(session)
-            rows.append(
-                f"pairs: best and worst of {config.dpo.collect} prompts, made once in such epochs;"
-                f" {config.dpo.batch} an update"
-            )
+            pairs = stored_pairs(session)
+            made = f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
+            if pairs is not None:
+                made = f"the {len(pairs['prompts'])} that this run has made"
+            rows.append(f"pairs: {made}; {config.dpo.batch} an update")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(
             f"stored: {stored:,} bytes a sample, {stored * samples / world.size / 1e6:.1f} MB a"

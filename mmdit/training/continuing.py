@@ -67,7 +67,10 @@ def changes(old: dict, new: dict) -> list[str]:
     """Return a line for each setting of the config `old` that is another one in `new`. ValueError:
     adapters would count by another scale."""
     _check_same_scale(old, new)
-    return config_io.differences(old, new)
+    return [
+        f"{line} (only a new run heeds it)" if line.startswith("train.init_from:") else line
+        for line in config_io.differences(old, new)
+    ]
 
 
 def other_data(before: list[dict], now: list[dict]) -> list[str]:
@@ -153,12 +156,8 @@ def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> l
     pictures = (old.get("video") or {}).get("num_frames") == 1
     if new["video"]["num_frames"] > 1 and pictures and not state.learner.sharded:
         number_frames(state, new["seed"])
-    changed = config_io.differences(old, new)
-    result = [f"resuming {folder} at step {state.step}"]
-    for line in changed:
-        note = " (only a new run heeds it)" if line.startswith("train.init_from:") else ""
-        result.append(f"  config changed: {line}{note}")
-    return result + [f"  {line}" for line in lines]
+    changed = [f"config changed: {line}" for line in changes(old, new)]
+    return [f"resuming {folder} at step {state.step}", *(f"  {line}" for line in changed + lines)]
 
 
 def number_frames(state: TrainState, seed: int) -> None:

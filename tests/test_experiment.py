@@ -112,6 +112,20 @@ def test_resume_goes_on_exactly_and_tells_what_changed(shop, capsys):
 
 
 @pytest.mark.parametrize(
+    "names, sections",
+    [
+        (["model.x"], "model: and text_encoder: sections"),
+        (["model.x.lora_A"], "lora: section"),
+        (["model.x", "model.x.lora_A"], "model:, text_encoder: and lora: sections"),
+        (["model.low.x.lora_A"], "lora: and experts: sections"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_the_sections_that_decide_it(names, sections):
+    with pytest.raises(ValueError, match=f"Use the {sections} of the run"):
+        assign({}, dict.fromkeys(names, torch.zeros(1)), "run")
+
+
+@pytest.mark.parametrize(
     "first, then, odd",
     [
         (["train.optimizer=muon"], ["train.optimizer=adamw"], "momentum_buffer"),

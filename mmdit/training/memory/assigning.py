@@ -11,6 +11,19 @@ from mmdit.adapters import is_adapter
 from mmdit.training.memory.shards import Chosen, Stored, is_sharded, local, own_rows, place
 from mmdit.weights import check_numbers
 
+OF_EXPERTS = ("model.high.", "model.low.")
+
+
+def _sections(odd: list[str]) -> str:
+    """Return in words which sections of a config decide over these names."""
+    adapted = [is_adapter(name) for name in odd]
+    names = [] if all(adapted) else ["model:", "text_encoder:"]
+    names += ["lora:"] if any(adapted) else []
+    names += ["experts:"] if any(name.startswith(OF_EXPERTS) for name in odd) else []
+    if len(names) == 1:
+        return f"{names[0]} section"
+    return f"{', '.join(names[:-1])} and {names[-1]} sections"
+
 
 def assign(
     current: dict[str, Tensor],
@@ -44,15 +57,10 @@ def assign(
                 more = " …" if len(names) > 3 else ""
                 problems.append(f"{len(names)} {label} ({'; '.join(names[:3])}{more})")
         odd = [*missing, *unexpected, *(text.partition(":")[0] for text in shapes)]
-        adapted = [is_adapter(name) for name in odd]
-        sections = "model: and text_encoder: sections"
-        if all(adapted):
-            sections = "lora: section"
-        elif any(adapted):
-            sections = "model:, text_encoder: and lora: sections"
         raise ValueError(
-            f"{source} does not fit this model: {', '.join(problems)}. Use the {sections} "
-            "of the run that wrote it"
+            f"{source} does not fit this model: {', '.join(problems)}. Use the"
+            f" {_sections(odd)} of"
+            " the run that wrote it"
         )
     with torch.no_grad():
         for name in tensors:

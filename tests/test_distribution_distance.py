@@ -60,7 +60,7 @@ def test_singular_covariances_are_exact_and_their_rank_is_known():
     first, second = moments(one), moments(two)
     assert frechet_distance(first, second) == pytest.approx(expected.item(), abs=1e-9)
     assert (first.root()[1], second.root()[1]) == (8, 6)
-    assert frechet_distance(first, moments(one)) == pytest.approx(0, abs=1e-9)
+    assert 0 <= frechet_distance(first, moments(one)) < 1e-9
     still = moments(torch.ones(5, 40))  # features that do not vary at all
     assert still.root()[1] == 0 and np.isfinite(frechet_distance(first, still))
     with pytest.raises(ValueError, match="of width 40 and 3 cannot"):

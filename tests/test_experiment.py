@@ -479,6 +479,18 @@ def test_adapters_alone_need_a_base(shop, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        (["lora.enabled=true"], "lora.train_lora_only"),
+        (["model.freeze=true", "text_encoder.lr_scale=0.5"], "model.freeze"),
+    ],
+)
+def test_muon_needs_matrices_that_are_trained(shop, capsys, words, key):
+    words = [*shop.train_words("lora0"), *words, "train.init_from=nowhere", "train.optimizer=muon"]
+    refused(capsys, train_t2v.main, words, "train.optimizer", "is muon", f"with {key} none")
+
+
 @pytest.mark.thorough
 def test_adapters_end_to_end(shop, capsys):
     base = shop.folder / "runs/base"

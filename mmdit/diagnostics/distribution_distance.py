@@ -73,7 +73,7 @@ def frechet_distance(one: Moments, two: Moments) -> float:
     # (Σ₁ Σ₂)^½ has the singular values of Σ₁^½ Σ₂^½ as eigenvalues. A singular value is as exact as
     # the largest; the root of an eigenvalue near zero would keep half of the digits.
     shared = torch.linalg.svdvals(one.root()[0] @ two.root()[0]).sum()
-    return _distance(one, two, shared)
+    return max(0.0, _distance(one, two, shared))  # rounding may leave less
 
 
 def _distance(one: Moments, two: Moments, shared: Tensor) -> float:

@@ -201,8 +201,7 @@ def build_optimizer(
         if not matrices:
             raise ConfigError(
                 "train.optimizer",
-                "is muon, but no matrix of the denoiser is trained (lora.train_lora_only); use"
-                " adamw",
+                "is muon, but no matrix of the denoiser is trained; use adamw",
             )
     scales = {prefix: network.lr_scale for prefix, network in networks.items()}
     muon_groups: dict[tuple[float, float], list[nn.Parameter]] = {}

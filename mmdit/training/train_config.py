@@ -201,14 +201,22 @@ class TrainConfig(Section):
             raise ConfigError(SAMPLER_KEYS[error.path], error.message) from None
 
     def check(self, run: Any) -> None:
-        """Refuse guidance of an expert that is not there, and previews whose sampler has fewer
-        noise levels than steps."""
+        """Refuse guidance of an expert that is not there, Muon where the denoiser is frozen,
+        and previews whose sampler has fewer noise levels than steps."""
         low = self.sample_cfg_scale_low
         if low is not None and not (run.experts.enabled or run.model.expert):
             raise ConfigError(
                 "train.sample_cfg_scale_low",
                 f"is {low}, but experts.enabled is false and model.expert null: there is no"
                 " low-noise expert; leave it out, or set train.sample_cfg_scale",
+            )
+        adapters_alone = run.lora.enabled and run.lora.train_lora_only
+        if self.optimizer == "muon" and (adapters_alone or run.model.freeze):
+            key = "lora.train_lora_only" if adapters_alone else "model.freeze"
+            raise ConfigError(
+                "train.optimizer",
+                f"is muon, which steps the matrices of the denoiser, but with {key} none of them is"
+                " trained; use adamw",
             )
         if not self.sample_every_steps:
             return

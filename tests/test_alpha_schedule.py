@@ -4,6 +4,7 @@ nothing else."""
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -239,6 +240,24 @@ def test_a_phase_is_known_by_its_name_wherever_it_stands_now():
         again = schedule(copy.deepcopy(model), phases=phases)
         again.restore(plan.state())
         assert again.phase("").name == "second"
+
+
+def test_an_alpha_that_a_resume_changes_within_a_phase_is_ramped_to():
+    model, history = adapted(), LossHistory(steps=20)
+    phase = PhaseConfig("only", 0.1, min_steps=1000)
+    stored = schedule(model, on_change="ramp", ramp_steps=7, phases=(phase,)).state()
+    plan = schedule(model, on_change="ramp", ramp_steps=7, phases=(replace(phase, alpha=0.8),))
+    for layer in adapters(model).values():
+        set_alpha(layer, 0.1)  # as it comes with the weights
+    plan.restore(json.loads(json.dumps(stored)))
+    values = []
+    for step in range(20, 30):
+        history.steps = step
+        if plan.due(step):
+            plan.look(step, {"": history})
+        values.append(plan.alpha(""))
+    assert values[:7] == pytest.approx([0.1 + 0.1 * number for number in range(7)])
+    assert values[7:] == [0.8] * 3 and not plan.due(31)
 
 
 def test_alphas_travel_and_bad_ones_are_refused():

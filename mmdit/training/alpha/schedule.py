@@ -216,12 +216,13 @@ def keep_strength(
 
 @dataclass
 class Progress:
-    """Where one expert is. `start`: alpha when a ramp began; `judged_at`: steps of the phase at the
-    last judgement, which did not end it."""
+    """Where one expert is. `start`: alpha when a ramp began, `began` steps into the phase;
+    `judged_at`: steps of the phase at the last judgement, which did not end it."""
 
     phase: int = 0
     start: float | None = None
     judged_at: int = 0
+    began: int = 0
 
 
 class AlphaSchedule:
@@ -246,10 +247,8 @@ class AlphaSchedule:
     def begin(self, histories: dict[str, LossHistory]) -> None:
         """Begin the first phase in a run that goes on and had no schedule: its steps so far are of
         no phase, and its alpha moves to that of the phase as `on_change` says."""
-        for expert, progress in self.progress.items():
+        for expert in self.progress:
             histories[expert].reset()
-            if self.config.on_change == "ramp":
-                progress.start = self.alpha(expert)
             self._follow(expert, 0)
 
     def alpha(self, expert: str) -> float:
@@ -272,7 +271,6 @@ class AlphaSchedule:
                 old, left, steps = self.alpha(expert), self.phase(expert), history.steps
                 progress.phase += 1
                 progress.judged_at = 0
-                progress.start = old if self.config.on_change == "ramp" else None
                 history.reset()
                 new = self.phase(expert)
                 self.history.append(
@@ -313,12 +311,17 @@ class AlphaSchedule:
         return criteria.met(history)
 
     def _follow(self, expert: str, steps: int) -> None:
-        """Set alpha to what it is `steps` into the phase."""
+        """Set alpha to what it is `steps` into the phase, and begin a ramp if it is another one: in
+        a new phase, or where a resume changed that of the phase."""
         progress, alpha = self.progress[expert], self.phase(expert).alpha_of(expert)
+        ramps = self.config.on_change == "ramp"
+        if ramps and progress.start is None and alpha != self.alpha(expert):
+            progress.start, progress.began = self.alpha(expert), steps
         if progress.start is not None:
-            share = min(1.0, steps / self.config.ramp_steps)
-            alpha = progress.start + share * (alpha - progress.start)
-            if share == 1:
+            share = (steps - progress.began) / self.config.ramp_steps
+            if share < 1:
+                alpha = progress.start + share * (alpha - progress.start)
+            else:
                 progress.start = None
         self._set(expert, alpha, self.config.on_change == "preserve")
 
@@ -341,6 +344,7 @@ class AlphaSchedule:
                 "phase": p.phase,
                 "name": self.phase(name).name,
                 "start": p.start,
+                "began": p.began,
                 "judged": p.judged_at,
             }
             for name, p in self.progress.items()
@@ -365,5 +369,7 @@ class AlphaSchedule:
                     f"the stored alpha schedule is in phase {stored.get('name', phase)!r},"
                     f" alpha_schedule.phases has {', '.join(names)}: keep the phases that were run"
                 )
-            self.progress[expert] = Progress(phase, stored.get("start"), stored.get("judged", 0))
+            self.progress[expert] = Progress(
+                phase, stored.get("start"), stored.get("judged", 0), stored.get("began", 0)
+            )
         self.history = state["history"]

@@ -226,11 +226,14 @@ def test_a_clip_that_is_its_given_picture_alone_is_refused():
 
 def test_what_does_not_belong_together_is_one_sentence(two, tmp_path, capsys):
     pipeline, _ = load_pipeline(two.release, "cpu")
+    read = pipeline.learner.text_encoder.forward
+    pipeline.learner.text_encoder.forward = None  # it is told before captions are read
     for pictures in (None, torch.rand(1, 3, 32, 64), torch.rand(3, 3, 32, 64)):
         with pytest.raises(ValueError, match="takes two, its first and its last"):
             pipeline.latents(["a"], 64, 32, 9, SETTINGS, image=pictures)
     with pytest.raises(ValueError, match="FLF2V-14B goes from .*, but the clip has 1 frame"):
         pipeline.latents(["a"], 64, 32, 1, SETTINGS, image=torch.rand(2, 3, 32, 64))
+    pipeline.learner.text_encoder.forward = read
     (two.release / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth").rename(
         tmp_path / "clip.pth"
     )

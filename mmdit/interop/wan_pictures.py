@@ -75,12 +75,9 @@ class Pictures:
         except ValueError as error:
             raise ConfigError("model.clip", f"{error}; {self.model.variant} needs it") from None
 
-    def given(self, pictures: Tensor | None, frames: int) -> tuple[dict, Tensor | None]:
-        """Return, for sampling clips of `frames` with `pictures (n, 3, H, W)` (their first frame,
-        for FLF2V also their last), the further inputs of the network, and the first latent frame
-        `(1, 1, r, c, d)` if that is given (TI2V). ValueError: too many pictures or too few."""
-        model, spec = self.model, self.tokenizer.spec
-        count = 0 if pictures is None else len(pictures)
+    def check(self, count: int, frames: int) -> None:
+        """Raise ValueError unless clips of `frames` can be drawn from so many pictures."""
+        model = self.model
         wanted = {"none": min(count, 1), "first": 1, "first_last": 2}[model.picture]
         if count and model.picture == "none" and not model.takes_first_frame:
             raise ValueError(
@@ -103,11 +100,18 @@ class Pictures:
                 f"{model.variant} keeps the first frame that it is given, and a clip of 1 frame has"
                 " no other: give --frames 5 or more"
             )
+
+    def given(self, pictures: Tensor | None, frames: int) -> tuple[dict, Tensor | None]:
+        """Return, for sampling clips of `frames` with `pictures (n, 3, H, W)` (their first frame,
+        for FLF2V also their last), the further inputs of the network, and the first latent frame
+        `(1, 1, r, c, d)` if that is given (TI2V). ValueError: see `check`."""
+        model, spec = self.model, self.tokenizer.spec
+        self.check(0 if pictures is None else len(pictures), frames)
         if pictures is None:
             return {}, None
         if model.picture == "none":
             return {"given": 1}, spec.normalize(self.tokenizer.encode(pictures[:1, None]))
-        clip = with_grey(pictures[:1], frames, pictures[1:] if wanted == 2 else None)
+        clip = with_grey(pictures[:1], frames, pictures[1:] if len(pictures) == 2 else None)
         return self._inputs(spec.normalize(self.tokenizer.encode(clip)), pictures[None]), None
 
     @torch.no_grad()

@@ -256,6 +256,8 @@ class Pipeline:
         )
         half = torch.float16 if self.precision == "fp16" else torch.bfloat16
         autocast = torch.autocast(device.type, half, enabled=self.precision != "fp32")
+        pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(device)
+        self.pictures.check(0 if pictures is None else len(pictures), frames)
         with evaluating(learner, self.model), Calls() as calls, autocast, learner.eager():
             text = learner.text_encoder(
                 [with_trigger(caption, self.captions) for caption in captions]
@@ -267,7 +269,7 @@ class Pipeline:
             if small is not None:
                 level = torch.full((len(captions),), small[1], device=device)
                 inputs = noised(learner.spec.normalize(small[0].to(device)), level, draws)
-            denoise = self._denoiser(text, settings, image, frames, calls, inputs)
+            denoise = self._denoiser(text, settings, pictures, frames, calls, inputs)
             if self.tile is not None:
                 tiling = Tiling.fit((noise.shape[1], rows, columns), self.tile)
                 if len(tiling.corners) > 1:
@@ -283,14 +285,13 @@ class Pipeline:
         self,
         text: TextTokens,
         settings: SampleSettings,
-        image: Tensor | None,
+        pictures: Tensor | None,
         frames: int,
         calls: Calls,
         further: dict[str, Any],
     ) -> Denoise:
         """Return the network with `further` inputs and guidance (two experts, each in its times),
         which keeps a given first frame as it is."""
-        pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(self.device)
         inputs, first = self.pictures.given(pictures, frames)
         inputs |= further
         sampling = self.model.sampling_inputs(settings.sampler.grid)

@@ -25,6 +25,7 @@ from mmdit.data.cache.writer import CacheWriter
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.interfaces import LatentSpec
 from mmdit.scripts.pack_cache import main
+from tests.helpers.forks import ended, in_child
 from tests.test_cache import MeanPixels, contents
 
 VIDEO = VideoConfig(
@@ -197,13 +198,12 @@ def test_a_killed_run_leaves_whole_shards_and_goes_on_to_the_same_bytes(cache):
 
     for at in (0, 5, 15):
         out = cache.parent / f"killed{at}"
-        child = os.fork()
-        if not child:
+
+        def packed(out=out):
             packing._shard = killed_shard
             packing.pack_cache(cache, out, 1500)
-            os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert killed == -signal.SIGKILL and list(out.glob(".writing-*"))
+
+        assert ended(in_child(packed)) == -signal.SIGKILL and list(out.glob(".writing-*"))
         with pytest.raises(
             ValueError, match="packing was not finished|is no latent cache|holds no item"
         ):

@@ -17,25 +17,13 @@ from mmdit.training.metrics import MetricsLog
 from mmdit.training.optim import Optimizer
 from mmdit.training.trainer import StopRequest
 from mmdit.training.watch import Watch
+from tests.helpers.forks import ended, in_child
 from tests.helpers.tiny import Workshop, refused
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     return Workshop(tmp_path_factory.mktemp("stops"))
-
-
-def in_child(work) -> int:
-    """The process id of a fork that ends with 0 after `work()`, with 7 after an error."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 7
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
@@ -195,4 +183,4 @@ def test_a_process_put_to_sleep_stood_still_in_nothing():
     os.kill(pid, signal.SIGSTOP)
     time.sleep(1.2)
     os.kill(pid, signal.SIGCONT)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert ended(pid) == 0

@@ -23,6 +23,7 @@ from mmdit.scripts import cache_text
 from mmdit.scripts.pack_cache import main
 from mmdit.text_encoders.huggingface import HuggingFaceEncoder
 from tests import test_packed, test_text_encoders
+from tests.helpers.forks import ended, in_child
 from tests.test_archives import pairs, write_tar
 from tests.test_cache import contents
 from tests.test_packed import MANIFEST, add, steps
@@ -94,18 +95,17 @@ def test_packing_again_writes_only_what_changed_and_a_kill_leaves_whole_tars(cac
     (expected / "shard-00001.tar").unlink()
     with pytest.raises(ValueError, match=r"shard-00001.tar is damaged: it is missing"):
         open_cache(expected)
-    child = os.fork()
-    if not child:
-        whole = packing._tar
+    whole = packing._tar
 
-        def killed(*arguments):
-            yield next(whole(*arguments))
-            os.kill(os.getpid(), signal.SIGKILL)
+    def killed(*arguments):
+        yield next(whole(*arguments))
+        os.kill(os.getpid(), signal.SIGKILL)
 
+    def packed():
         packing._tar = killed
         pack(cache)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    assert ended(in_child(packed)) == -signal.SIGKILL
     with pytest.raises(ValueError, match="packing was not finished"):
         open_cache(expected)
     assert pack(cache)["written"] == 1 and contents(expected) == before

@@ -26,6 +26,7 @@ from mmdit.diagnostics.adapter_norms import EXACT
 from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Denoiser
 from mmdit.interop.wan_weights import load_dit
+from mmdit.nn.encodings import ENCODINGS
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.expert_choice import joint_choice
 
@@ -54,10 +55,14 @@ class Extracted:
 
 def network_of(path: str, expert: str | None, merged: bool) -> Denoiser:
     """Return the network of a run, checkpoint or export of ours, its adapters `merged` or beside
-    it, or of Wan weights of any layout, which stay in their files."""
+    it, or of Wan weights of any layout, which stay in their files. A base that a run keeps in codes
+    is read without them: their errors are no change."""
     if not is_ours(path):
         return load_dit(path, expert=expert, in_file=True)
-    pipeline, config = load_pipeline(path, "cpu", lora=True if merged else None)
+    lora = True if merged else None
+    pipeline, config = load_pipeline(path, "cpu", lora=lora)
+    if config.model.dtype in ENCODINGS:
+        pipeline, config = load_pipeline(path, "cpu", lora=lora, overrides=["model.dtype=bfloat16"])
     return joint_choice(pipeline, config, expert, path).network
 
 
@@ -84,10 +89,10 @@ def extract(
     result, makers, differences = Extracted(), {}, {}
     rows = tqdm(base.named_parameters(), total=len(parameters), desc="layers", delay=2)
     for name, parameter in rows:
-        before = plain(parameter).to(precision(parameters[name])).float()
+        after = plain(parameters[name])
+        before = rounded_as(after, plain(parameter))
         layer = adapted.get(name)
-        after = plain(parameters[name]) if layer is None else layer.merged_weight().float()
-        change = after - before
+        change = (after if layer is None else layer.merged_weight().float()) - before
         if not change.any():
             continue
         if name not in chosen:
@@ -117,12 +122,13 @@ def plain(parameter: nn.Parameter) -> Tensor:
     return (value.whole() if isinstance(value, StoredWeight) else value).float()
 
 
-def precision(parameter: nn.Parameter) -> torch.dtype:
-    """Return the type in which a weight is stored. Rounding to it is no change that a training
-    made."""
-    if isinstance(parameter, StoredWeight) and parameter.scale is None:
-        return parameter.codes.dtype
-    return parameter.dtype
+def rounded_as(other: Tensor, value: Tensor) -> Tensor:
+    """Return `value` in the 16 bits that `other` came from, if it did: rounding to them is no
+    change that a training made. Both are float32, whatever their files hold."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(other, other.to(dtype).float()):
+            return value.to(dtype).float()
+    return value
 
 
 def _check_alike(before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:

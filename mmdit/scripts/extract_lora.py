@@ -9,8 +9,8 @@ values.
         --expert low --out low.safetensors --device cuda
 
 --base and --tuned: Wan weights of any layout, which are read layer by layer, or runs, checkpoints
-or exports of ours; the adapters of a run are merged. Where --tuned is stored in fewer bits, --base
-is rounded as it is before they are compared. The table says, for each kind of layer, how far it
+or exports of ours; the adapters of a run are merged. Where --tuned is stored in 16 bits, --base is
+rounded to them before they are compared. The table says, for each kind of layer, how far it
 moved, and which share of the square of that the LoRA holds, in all layers together and in the
 worst; a higher --rank holds more. What changed beside the chosen layers (norms, biases) is named;
 with --whole it goes into the file, too.

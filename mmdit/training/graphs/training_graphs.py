@@ -1,11 +1,11 @@
 """Training steps of small networks as CUDA graphs: forward and backward pass cost the CPU one
 launch each.
 
-Launching the kernels of a block takes the CPU about three milliseconds whatever the size of the
-block, so a GPU that needs less than that is idle. A replay runs the very kernels that ran before;
-that the numbers are the same is checked when a graph is made: bit for bit, or, where a kernel adds
-in another order at every call (as torch's attention may), as closely as two calls of the network
-itself. It is not `torch.cuda.make_graphed_callables`, which hands out gradients that the next
+Launching the kernels of a block takes three to ten milliseconds, depending on the CPU but not on the
+size of the block; a GPU that needs less than that is idle. A replay runs the same kernels as a call
+of the network. Whether it also gives the same numbers is checked when a graph is made: bit for bit,
+or, where a kernel adds in another order at every call (as torch's attention may), as closely as two
+calls of the network agree with each other. This is not `torch.cuda.make_graphed_callables`, which hands out gradients that the next
 micro-batch overwrites, and forbids what other threads do meanwhile."""
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from mmdit.training.graphs.common import (
 )
 from mmdit.training.memory.shards import gathers_weights
 
-# Operations of a block's forward and backward pass. More take an H200 about as long as they take
-# the CPU to launch, or longer.
-SMALL = 2e12
+# Operations of a block's forward and backward pass. An H200 takes longer for more than these than a
+# slow CPU takes to launch them.
+SMALL = 5e12
 SIGNATURES = 8  # calls with graphs, at most: buckets, pictures or clips, text lengths
 # How far a replay may be from a call, as a multiple of how far two calls are from each other, and
 # at most, as a share of the size of a tensor.

@@ -1,12 +1,13 @@
 """Training steps of small networks as CUDA graphs: forward and backward pass cost the CPU one
 launch each.
 
-Launching the kernels of a block takes three to ten milliseconds, depending on the CPU but not on the
-size of the block; a GPU that needs less than that is idle. A replay runs the same kernels as a call
-of the network. Whether it also gives the same numbers is checked when a graph is made: bit for bit,
-or, where a kernel adds in another order at every call (as torch's attention may), as closely as two
-calls of the network agree with each other. This is not `torch.cuda.make_graphed_callables`, which hands out gradients that the next
-micro-batch overwrites, and forbids what other threads do meanwhile."""
+Launching the kernels of a block takes three to ten milliseconds, depending on the CPU but not on
+the size of the block; a GPU that needs less than that is idle. A replay runs the same kernels as a
+call of the network. Whether it also gives the same numbers is checked when a graph is made: bit for
+bit, or, where a kernel adds in another order at every call (as torch's attention may), as closely
+as two calls of the network agree with each other. This is not
+`torch.cuda.make_graphed_callables`, which hands out gradients that the next micro-batch overwrites,
+and forbids what other threads do meanwhile."""
 
 from __future__ import annotations
 

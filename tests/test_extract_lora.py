@@ -96,6 +96,31 @@ def test_what_the_tuned_model_is_rounded_by_is_no_change(pair, tmp_path, capsys)
     assert f"(1, first {NORM})" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scale", [None, 0.013])
+def test_nor_are_the_codes_of_float8(pair, tmp_path, scale):
+    """Store them as ComfyUI does: plain, or with a scale for each matrix."""
+    base, tuned = pair
+    stored = {}
+    for name, weight in load_dit(tuned).named_parameters():
+        is_coded = name.startswith("blocks.") and weight.ndim == 2
+        stored[name] = weight.detach()
+        if is_coded:
+            stored[name] = (weight.detach() / (scale or 1)).to(torch.float8_e4m3fn)
+        if is_coded and scale:
+            stored[f"{name.removesuffix('.weight')}.scale_weight"] = torch.tensor(scale)
+    folder = tmp_path / "coded"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file(stored, folder / "diffusion_pytorch_model.safetensors")
+    extracted((base, folder), tmp_path / "lora.safetensors", "--rank", "24")
+    model = load_dit(base)
+    load_lora(model, tmp_path / "lora.safetensors")
+    layers = adapters(model)
+    assert set(layers) == {Q.removesuffix(".weight"), FFN.removesuffix(".weight")}
+    wanted = load_dit(tuned).get_parameter(Q) - load_dit(base).get_parameter(Q)
+    assert (layers[Q.removesuffix(".weight")].delta() - wanted).norm() < 0.2 * wanted.norm()
+
+
 @pytest.mark.parametrize("shape", [(1100, 1300), (1300, 1100)])
 def test_of_large_matrices_the_factors_are_near_to_the_best(shape):
     torch.manual_seed(0)
@@ -122,6 +147,10 @@ def test_a_run_of_ours_and_what_became_of_it(tmp_path, capsys):
     refused(capsys, extract_lora.main, words, "do not differ in a linear layer")
     out = tmp_path / "lora.safetensors"
     extracted((base, files[1]), out, "--rank", "999")
+    assert (
+        "the text encoder of --tuned, which is another one (14 parameters)"
+        in capsys.readouterr().out
+    )
     pipeline, _ = load_pipeline(files[0], "cpu")
     wanted, _ = load_pipeline(files[1], "cpu")
     load_lora(pipeline.model, out)
@@ -130,6 +159,30 @@ def test_a_run_of_ours_and_what_became_of_it(tmp_path, capsys):
     for name, layer in layers.items():
         weight = wanted.model.get_parameter(f"{name}.weight")
         assert torch.allclose(layer.merged_weight(), weight, atol=1e-6)
+
+
+def test_either_expert_of_a_pair_of_ours_is_compared_with_the_network_that_both_came_of(
+    tmp_path, capsys
+):
+    shop = Workshop(tmp_path)
+    base = shop.train("base", "train.max_steps=2", "ema.enabled=false")
+    lora = "lora={enabled: true, rank: 2, target_modules: [cross.k]}"
+    words = [f"train.init_from={base}", "train.max_steps=2", "ema.enabled=false", lora]
+    run = shop.train("pair", *words, "experts={enabled: true, train: low}")
+    out = tmp_path / "low.safetensors"
+    extracted((base, run), out)
+    said = capsys.readouterr().out
+    assert "low.safetensors (0.0 MB): of two experts the low-noise one" in said
+    assert "text encoder of --tuned" not in said
+    pipeline, _ = load_pipeline(base, "cpu")
+    load_lora(pipeline.model, out)
+    wanted = load_pipeline(run, "cpu", lora=None)[0].model.networks()["low"]
+    layers, before = adapters(pipeline.model), adapters(wanted)
+    assert layers.keys() == before.keys() and len(layers) == 2
+    for name, layer in layers.items():
+        assert torch.allclose(layer.delta(), before[name].delta(), atol=1e-7)
+    words = ["--base", base, "--tuned", run, "--out", tmp_path / "none.safetensors"]
+    refused(capsys, extract_lora.main, [*words, "--expert", "high"], "do not differ")
 
 
 @pytest.mark.thorough

@@ -27,8 +27,9 @@ from mmdit.experiment.load import load_pipeline
 from mmdit.interfaces import Denoiser
 from mmdit.interop.wan_weights import load_dit
 from mmdit.nn.encodings import ENCODINGS
+from mmdit.nn.float8 import LEAST
 from mmdit.nn.stored_weights import StoredWeight
-from mmdit.training.expert_choice import joint_choice
+from mmdit.training.expert_choice import choose_expert
 
 # Of larger matrices the singular vectors come from a random basis with so many more vectors than
 # the rank, after so many products with the matrix (Halko et al. 2011, algorithm 4.4).
@@ -53,17 +54,44 @@ class Extracted:
     others: list[str] = field(default_factory=list)
 
 
-def network_of(path: str, expert: str | None, merged: bool) -> Denoiser:
-    """Return the network of a run, checkpoint or export of ours, its adapters `merged` or beside
-    it, or of Wan weights of any layout, which stay in their files. A base that a run keeps in codes
-    is read without them: their errors are no change."""
+@dataclass(frozen=True)
+class Side:
+    """Hold one of the two models: its network, the expert of a pair of ours that it is, with a line
+    about the choice, and the weights of its text encoder that are stored with it, by name."""
+
+    network: Denoiser
+    expert: str | None = None
+    said: str = ""
+    encoder: dict[str, Tensor] = field(default_factory=dict)
+
+
+def side_of(path: str, expert: str | None, merged_like: Side | None = None) -> Side:
+    """Return a run, checkpoint or export of ours, or Wan weights of any layout, which stay in their
+    files. Adapters are beside its weights, but merged where it is compared with `merged_like`. A
+    base that a run keeps in codes is read without them: their errors are no change."""
     if not is_ours(path):
-        return load_dit(path, expert=expert, in_file=True)
-    lora = True if merged else None
+        return Side(load_dit(path, expert=expert, in_file=True))
+    lora = None if merged_like is None else True
     pipeline, config = load_pipeline(path, "cpu", lora=lora)
     if config.model.dtype in ENCODINGS:
         pipeline, config = load_pipeline(path, "cpu", lora=lora, overrides=["model.dtype=bfloat16"])
-    return joint_choice(pipeline, config, expert, path).network
+    if merged_like is not None:
+        is_pair = len(pipeline.model.networks()) > 1
+        expert = merged_like.expert if is_pair else None  # both may have come of one network
+    choice = choose_expert(pipeline, config, expert, path)
+    stored = pipeline.learner.stored_state().items()
+    encoder = {name: value for name, value in stored if name.startswith("text_encoder.")}
+    return Side(choice.network, choice.name, choice.said, encoder)
+
+
+def encoder_changes(base: Side, tuned: Side) -> list[str]:
+    """Return the names of the text encoder's weights that `tuned` has and `base` has not so."""
+    result = []
+    for name, value in tuned.encoder.items():
+        before, after = base.encoder.get(name), value.float()
+        if before is None or not torch.equal(rounded_as(value, after, before.float()), after):
+            result.append(name)
+    return result
 
 
 @torch.no_grad()
@@ -90,7 +118,7 @@ def extract(
     rows = tqdm(base.named_parameters(), total=len(parameters), desc="layers", delay=2)
     for name, parameter in rows:
         after = plain(parameters[name])
-        before = rounded_as(after, plain(parameter))
+        before = rounded_as(parameters[name], after, plain(parameter))
         layer = adapted.get(name)
         change = (after if layer is None else layer.merged_weight().float()) - before
         if not change.any():
@@ -122,11 +150,17 @@ def plain(parameter: nn.Parameter) -> Tensor:
     return (value.whole() if isinstance(value, StoredWeight) else value).float()
 
 
-def rounded_as(other: Tensor, value: Tensor) -> Tensor:
-    """Return `value` in the 16 bits that `other` came from, if it did: rounding to them is no
-    change that a training made. Both are float32, whatever their files hold."""
+def rounded_as(stored: Tensor, after: Tensor, value: Tensor) -> Tensor:
+    """Return `value` in the float8 that the weight `stored` is kept in, or in the 16 bits that its
+    numbers `after` came from, if they did: rounding to them is no change that a training made.
+    `after` and `value` are float32, whatever their files hold."""
+    if isinstance(stored, StoredWeight) and stored.codes.dtype.itemsize == 1:
+        dtype, scale = stored.codes.dtype, stored.scale
+        scale = torch.ones(()) if scale is None else scale.float().clamp(min=LEAST)
+        largest = torch.finfo(dtype).max
+        return (value / scale).clamp(-largest, largest).to(dtype).float() * scale
     for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(other, other.to(dtype).float()):
+        if torch.equal(after, after.to(dtype).float()):
             return value.to(dtype).float()
     return value
 

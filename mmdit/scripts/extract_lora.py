@@ -9,11 +9,11 @@ values.
         --expert low --out low.safetensors --device cuda
 
 --base and --tuned: Wan weights of any layout, which are read layer by layer, or runs, checkpoints
-or exports of ours; the adapters of a run are merged. Where --tuned is stored in 16 bits, --base is
-rounded to them before they are compared. The table says, for each kind of layer, how far it
-moved, and which share of the square of that the LoRA holds, in all layers together and in the
-worst; a higher --rank holds more. What changed beside the chosen layers (norms, biases) is named;
-with --whole it goes into the file, too.
+or exports of ours; the adapters of a run are merged. Where --tuned is stored in 16 bits, or as
+float8, --base is rounded to them before they are compared. The table says, for each kind of layer,
+how far it moved, and which share of the square of that the LoRA holds, in all layers together and
+in the worst; a higher --rank holds more. What changed beside the chosen layers (norms, biases) is
+named; with --whole it goes into the file, too. A text encoder that was trained, too, is told.
 """
 
 from pathlib import Path
@@ -49,7 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="of the decompositions [auto]")
     args = parser.parse_intermixed_args(argv)
     with friendly():
-        from mmdit.commands.extract_lora import extract, network_of, place_of, table
+        from mmdit.commands.extract_lora import (
+            encoder_changes,
+            extract,
+            place_of,
+            side_of,
+            table,
+        )
         from mmdit.interop.lora_formats import save_lora
         from mmdit.interop.lora_writing import check_place
         from mmdit.training.distributed import choose_device
@@ -61,16 +67,23 @@ def main(argv: list[str] | None = None) -> int:
                 " --format comfy or kohya, or leave it out"
             )
         device = choose_device(args.device)
-        base = network_of(args.base, args.expert, merged=True)
-        tuned = network_of(args.tuned, args.expert, merged=False)
-        extracted = extract(base, tuned, tuple(args.targets), args.rank, device, args.whole)
-        save_lora(base, args.out, args.format, DTYPES[args.dtype])
+        tuned = side_of(args.tuned, args.expert)
+        base = side_of(args.base, args.expert, merged_like=tuned)
+        networks, targets = (base.network, tuned.network), tuple(args.targets)
+        extracted = extract(*networks, targets, args.rank, device, args.whole)
+        save_lora(base.network, args.out, args.format, DTYPES[args.dtype])
         print("\n".join(table(extracted)))
-        print(place_of(args.out))
+        print(place_of(args.out) + (f": {tuned.said}" if tuned.said else ""))
         if extracted.others and not args.whole:
             print(
                 f"  not in it: the changes of further parameters ({len(extracted.others)}, first"
                 f" {extracted.others[0]}); --targets chooses layers, --whole takes all"
+            )
+        if changed := encoder_changes(base, tuned):
+            print(
+                f"  not in it: the text encoder of --tuned, which is another one ({len(changed)}"
+                " parameters): laid over --base the LoRA is given other embeddings of the same"
+                " words"
             )
     return 0
 

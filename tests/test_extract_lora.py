@@ -203,6 +203,8 @@ def test_a_lokr_of_one_expert_becomes_a_lora_digit_by_digit(tmp_path, capsys, dt
     for name, layer in layers.items():
         assert torch.allclose(layer.delta(), before[name].delta(), atol=1e-7)
         assert before[name].delta().any()
+    extracted((run, shop.release), tmp_path / "back.safetensors", "--expert", "high")
+    assert "the high-noise one (as --expert says)" in capsys.readouterr().out
 
 
 def test_what_cannot_be_extracted_is_refused(pair, tmp_path, capsys):

@@ -77,7 +77,8 @@ def side_of(path: str, expert: str | None, merged_like: Side | None = None) -> S
         pipeline, config = load_pipeline(path, "cpu", lora=lora, overrides=["model.dtype=bfloat16"])
     if merged_like is not None:
         is_pair = len(pipeline.model.networks()) > 1
-        expert = merged_like.expert if is_pair else None  # both may have come of one network
+        # both experts may have come of one network
+        expert = (expert or merged_like.expert) if is_pair else None
     choice = choose_expert(pipeline, config, expert, path)
     stored = pipeline.learner.stored_state().items()
     encoder = {name: value for name, value in stored if name.startswith("text_encoder.")}

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         extracted = extract(*networks, targets, args.rank, device, args.whole)
         save_lora(base.network, args.out, args.format, DTYPES[args.dtype])
         print("\n".join(table(extracted)))
-        print(place_of(args.out) + (f": {tuned.said}" if tuned.said else ""))
+        said = tuned.said or base.said
+        print(place_of(args.out) + (f": {said}" if said else ""))
         if extracted.others and not args.whole:
             print(
                 f"  not in it: the changes of further parameters ({len(extracted.others)}, first"

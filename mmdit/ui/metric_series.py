@@ -20,8 +20,8 @@ NO_CURVES = {"step", "timestamp", "images_seen", "wall_s", "eta_seconds"}
 class Series:
     """What has been read of one file: by name the steps and the values."""
 
-    inode: int = 0
     offset: int = 0  # bytes of whole lines that were read
+    last: bytes = b""  # the last of them
     columns: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def add(self, line: bytes) -> None:
@@ -79,21 +79,22 @@ class MetricStore:
 
     def read(self, run: Path) -> Series:
         """Return the series of a run folder, with what was appended since the last call. A file
-        that was written anew, as a resume does, is read anew."""
+        that was written anew, as a resume does, is read anew: it is known by the last line that was
+        read, for it may have got the number (inode) of an earlier one."""
         path = run / "metrics.jsonl"
         with self.lock:
             series = self.series.setdefault(path, Series())
             try:
                 with open_regular(path) as file:
-                    status = os.fstat(file.fileno())
-                    if status.st_ino != series.inode or status.st_size < series.offset:
-                        series = self.series[path] = Series(inode=status.st_ino)
-                    file.seek(series.offset)
+                    file.seek(series.offset - len(series.last))
+                    if file.read(len(series.last)) != series.last:
+                        series = self.series[path] = Series()
+                        file.seek(0)
                     for line in file:
                         if not line.endswith(b"\n"):
                             break  # it is being written
                         series.add(line)
-                        series.offset += len(line)
+                        series.offset, series.last = series.offset + len(line), line
             except (OSError, ValueError):
                 return Series()
             return series

@@ -124,8 +124,9 @@ def test_a_file_that_a_resume_wrote_anew_is_read_anew(tmp_path):
     (folder / "other").rename(folder / "metrics.jsonl")
     series = store.read(folder)
     assert series.columns == {"loss_ema_100": ([1.0], [9.0])}
-    lines = ['{"step": %d, "loss_ema_100": 7}\n' % step for step in range(9)]
-    (folder / "metrics.jsonl").write_text("".join(lines))  # longer, and the same file to the system
+    lines = [json.dumps({"step": step, "loss_ema_100": 7}) + "\n" for step in range(9)]
+    # longer, and the same file to the system
+    (folder / "metrics.jsonl").write_text("".join(lines))
     assert store.read(folder).columns == {"loss_ema_100": (list(range(9)), [7] * 9)}
 
 

@@ -23,8 +23,8 @@ Conditioning = Literal["none", "low_resolution"]  # what a model is given of a w
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What a tokenizer's latents are, and the one place where raw latents and model inputs are
-    converted.
+    """Describe the latents of a tokenizer. This is the one place that converts between raw latents
+    and model inputs.
 
     The cache holds raw latents; `normalize` is applied when a batch is used: `(z - mean_c) / std_c
     * scale` per channel.
@@ -35,8 +35,7 @@ class LatentSpec:
     mean: tuple[float, ...] = ()  # per channel; empty means 0
     std: tuple[float, ...] = ()  # per channel; empty means 1
     scale: float = 1.0
-    # frames a latent frame covers; of more than 1 the first latent frame covers the first frame
-    # alone
+    # frames a latent frame covers; if above 1, the first latent frame still covers one frame only
     temporal: int = 1
 
     def __post_init__(self):
@@ -54,27 +53,29 @@ class LatentSpec:
                     f"latent {name} holds {min(values)}; every value must be above 0 and finite"
                 )
 
-    # Made anew it would hold up every step: a copy to a GPU waits for the work queued there. The
-    # cache keeps eight specs alive, which are small.
+    # Kept, because making these tensors anew would stall every step: a copy to a GPU waits for the
+    # work queued there. The cache keeps at most eight specs alive, and they are small.
     @lru_cache(maxsize=8)  # noqa: B019
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(False):  # first made while sampling, it must also serve training
+        with torch.inference_mode(False):  # tensors made while sampling are used in training, too
             mean = torch.tensor(self.mean or (0.0,), dtype=torch.float32, device=device)
             std = torch.tensor(self.std or (1.0,), dtype=torch.float32, device=device)
             return mean, std / self.scale
 
     def normalize(self, raw: Tensor) -> Tensor:
-        """Raw tokenizer latents `(…, C)` to model space, float32."""
+        """Convert raw tokenizer latents `(…, C)` to the normalised ones of the network, in
+        float32."""
         mean, std = self._affine(raw.device)
         return (raw.float() - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """Inverse of `normalize`."""
+        """Convert normalised latents to raw ones, in float32; the inverse of `normalize`."""
         mean, std = self._affine(latents.device)
         return latents.float() * std + mean
 
     def frames(self, count: int) -> int:
-        """Frames of a clip to latent frames. ValueError with the nearest counts that can be."""
+        """Return the number of latent frames of a clip of `count` frames. ValueError names the
+        nearest counts that fit."""
         if (count - 1) % self.temporal or count < 1:
             below = 1 + max(0, count - 1) // self.temporal * self.temporal
             raise ValueError(
@@ -84,8 +85,9 @@ class LatentSpec:
         return 1 + (count - 1) // self.temporal
 
     def grid(self, width: int, height: int, patch: int = 1) -> tuple[int, int]:
-        """Pixels `(width, height)` to latent cells `(rows, columns)`, of which a network takes
-        `patch` by `patch` at a time. ValueError with the nearest size that can be."""
+        """Return the latent grid `(rows, columns)` of a picture of `width` by `height` pixels. A
+        network takes `patch` by `patch` cells at a time, and the size must be a multiple of that;
+        else ValueError names the nearest size that fits."""
         cell = self.spatial * patch
         if width % cell or height % cell:
             near = [max(cell, round(side / cell) * cell) for side in (width, height)]
@@ -103,10 +105,10 @@ class LatentSpec:
 
 @dataclass
 class TextTokens:
-    """Encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped caption is the
-    unconditional case, in training (caption dropout) and in sampling (guidance) alike: it has no
-    valid token, or the rows of `empty (N, D)` where the encoder has something to say for it (an
-    encoded empty or negative prompt)."""
+    """Hold encoded captions: `embeddings (B, T, D)` and `valid (B, T)` bool. A dropped
+    (unconditional) caption, in caption dropout and in guidance alike, has no valid token. If the
+    encoder has an encoded empty or negative prompt, it is `empty (N, D)`, and a dropped caption
+    gets its rows instead."""
 
     embeddings: Tensor
     valid: Tensor
@@ -116,7 +118,7 @@ class TextTokens:
         return len(self.embeddings)
 
     def drop(self, dropped: Tensor) -> TextTokens:
-        """`dropped (B,)` bool: those captions become unconditional."""
+        """Return the tokens with the captions made unconditional where `dropped (B,)` is true."""
         if self.empty is None:
             return TextTokens(self.embeddings, self.valid & ~dropped[:, None])
         text = self.pad(max(self.valid.shape[1], len(self.empty)))
@@ -128,11 +130,11 @@ class TextTokens:
         return TextTokens(rows, torch.where(dropped[:, None], valid, text.valid), self.empty)
 
     def null(self) -> TextTokens:
-        """Return the unconditional tokens of as many captions."""
+        """Return unconditional tokens for the same number of captions."""
         return self.drop(torch.ones(len(self), dtype=torch.bool, device=self.valid.device))
 
     def pad(self, length: int) -> TextTokens:
-        """Invalid tokens behind, up to `length` in all."""
+        """Append invalid tokens, up to `length` tokens in all."""
         extra = length - self.valid.shape[1]
         return TextTokens(
             F.pad(self.embeddings, (0, 0, 0, extra)),
@@ -172,16 +174,17 @@ class Batch:
     indices: Tensor
     facts: list[dict] = field(default_factory=list)
     crops: Tensor | None = (
-        # (B, 4): left, top, right, bottom of the part shown, as shares of the picture; if asked for
+        # (B, 4): left, top, right, bottom of the part shown, in shares of the picture; None: not
+        # read
         None
     )
     places: Tensor | None = (
-        None  # (B, 5): where tiles lie, see `diffusion.tiling`; if they were cut
+        None  # (B, 5): where tiles lie, see `diffusion.tiling`; None: not cut into tiles
     )
 
     def pin_memory(self) -> Batch:
-        """Return the same in page-locked memory, from where a GPU fetches it while it computes.
-        DataLoader knows this name."""
+        """Return this batch in page-locked memory, which a GPU can read while it computes.
+        DataLoader calls the method by this name."""
         tensors = {name: getattr(self, name) for name in ("latents", "indices", "crops", "places")}
         return replace(
             self,
@@ -191,20 +194,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The time between two experts, on the linear path their noise level. A time at the boundary is
-    the noisier expert's, as in Wan 2.2. `scale`: of the times that networks get."""
+    """The time that divides two experts (on the linear path, a noise level). The boundary itself
+    belongs to the noisier expert, as in Wan 2.2. `scale`: the factor by which times are multiplied
+    for the network."""
 
     time: float
     scale: float = 1.0
 
     @property
     def threshold(self) -> float:
-        """Return the boundary as networks get their times: scaled, and rounded to float32."""
+        """Return the boundary as networks get times: multiplied by `scale`, rounded to float32."""
         return torch.tensor(self.time * self.scale, dtype=torch.float64).float().item()
 
     def is_high(self, t: Tensor, whole_times: bool = False) -> Tensor:
-        """Return for times `t (B,)`, as networks get them, which are the noisier expert's.
-        `whole_times`: they are cut to whole numbers before, as in the official code of Wan."""
+        """Return which of the times `t (B,)`, scaled as networks get them, belong to the noisier
+        expert: `(B,)` bool. With `whole_times` they are first rounded down to whole numbers, as in
+        the official code of Wan."""
         return (t.floor() if whole_times else t) >= self.threshold
 
 
@@ -214,18 +219,18 @@ class Network(nn.Module):
     lr_scale: float = 1.0  # its learning rate as a multiple of train.lr
 
     def undecayed(self) -> set[str]:
-        """Return the names of the parameters, besides vectors, that weight decay leaves alone: they
-        are offsets, not maps."""
+        """Return the names of parameters that get no weight decay although they are not vectors:
+        they act as offsets, not as maps."""
         return set()
 
     def matrices(self) -> set[str]:
-        """Return the names of the parameters that map hidden states to hidden states: those that an
-        optimizer of matrices (Muon) is for."""
+        """Return the names of the parameters that map hidden states to hidden states, for which
+        optimizers of matrices (Muon) are meant."""
         return set()
 
     def is_stored(self, name: str) -> bool:
-        """Return whether a checkpoint holds the entry `name` of this network's state. What is read
-        again from elsewhere (frozen foreign weights) need not be stored."""
+        """Return whether a checkpoint holds the entry `name` of this network's state. Entries that
+        are read again from elsewhere (frozen foreign weights) need not be stored."""
         return True
 
 
@@ -238,48 +243,49 @@ class Denoiser(Network):
     """
 
     blocks: Any  # a ModuleList or a list of modules, in the order in which they compute
-    patch: int = 1  # latent cells along each axis that it takes at a time
+    patch: int = 1  # latent cells along each spatial axis that it takes at a time
     variant: str = "this model"  # what messages call it
-    picture: Picture = "none"  # which frames of a clip it is given in further channels
+    picture: Picture = "none"  # which frames of a clip it gets in further input channels
     conditioning: Conditioning = "none"  # whether it redraws a small clip that it is given
     takes_first_frame: bool = False  # whether a clip may begin with a given, clean latent frame
-    first_frame: float = 0.0  # the share of training steps on clips that do
-    clip_weights: str = ""  # file or folder of the encoder whose states of pictures it is given
+    first_frame: float = 0.0  # the share of training steps on clips in which it is given
+    clip_weights: str = ""  # file or folder of the encoder of given pictures (CLIP); "": none
     lora_targets: tuple[str, ...] = ("q", "k", "v", "proj")  # adapters' default
     lora_only_if_named: tuple[str, ...] = ()  # layers adapted only by a target that names them
-    context: Any = None  # see `share_clips`; of one network
-    encoding: str | None = None  # in which the frozen matrices of `blocks` are (nn/encodings.py)
+    context: Any = None  # the processes that share each clip, see `share_clips`
+    encoding: str | None = None  # of the frozen matrices of `blocks`, by name (nn/encodings.py)
 
     def forward(self, x: Tensor, t: Tensor, text: Any, **inputs: Any) -> Tensor:
-        """Return the prediction, shaped like `x (B, F, H, W, C)`, for `t (B,)` as the objective
-        scales it and `text`, TextTokens or what `prepare` made of them. `inputs`: those that the
-        methods below name."""
+        """Return the prediction, shaped like `x (B, F, H, W, C)`. `t (B,)`: times as the objective
+        scales them. `text`: TextTokens, or what `prepare` made of them. `inputs`: the further
+        inputs that the methods below return."""
         raise NotImplementedError
 
     # ── one network, or several by noise level ────────────────────────────────────────────────────
     def networks(self) -> dict[str, Denoiser]:
-        """Return the networks that it consists of by the name of the expert; one alone is ""."""
+        """Return its networks by the name of their expert; a single network has the name ""."""
         return {"": self}
 
     def expert_at(self, t: Tensor | float, **sampling_inputs: Any) -> str:
         """Return the name of the network that serves the times `t`, scaled as in `forward`, in
-        calls with these `sampling_inputs`. ValueError if they belong to several."""
+        calls with these `sampling_inputs`. ValueError if the times belong to several networks."""
         return ""
 
     # ── further inputs of a call ──────────────────────────────────────────────────────────────────
     def prepare(self, text: TextTokens) -> Any:
-        """Return what `forward` takes for `text` in many calls with the same texts and weights."""
+        """Return `text` as `forward` takes it in many calls with the same texts and weights:
+        whatever depends on the text alone may be computed here, once."""
         return text
 
     def draw_keep(self, rows: int, columns: int, seed: int, step: int) -> Tensor | None:
-        """Return the input `keep` of a training step on this grid: the places of tokens that are
-        not routed round blocks. None where nothing is routed."""
+        """Return the input `keep` of a training step on this grid: the places in a window whose
+        tokens are not routed round blocks. None where nothing is routed."""
         return None
 
     def given_frames(self, frames: int, draws: Draws) -> int:
-        """Return the input `given` of the step of `draws` on clips of `frames`: how many first
-        latent frames are given clean. Training tosses a coin a step; what is measured outside it is
-        always the case that training has more often."""
+        """Return the input `given` of one step on clips of `frames` latent frames: how many of the
+        first latent frames are given clean. Training tosses a coin in each step, keyed by `draws`;
+        outside training, the case that is more frequent in training is always taken."""
         if frames == 1 or not self.first_frame:
             return 0
         if not self.training:
@@ -289,16 +295,18 @@ class Denoiser(Network):
         return int(coin < self.first_frame)
 
     def sampling_inputs(self, grid: str) -> dict[str, Any]:
-        """Return further inputs of each call of a sampler whose times lie on `grid`."""
+        """Return the further inputs of each call in sampling on the time grid `grid`
+        (SamplerConfig)."""
         return {}
 
     # ── training ──────────────────────────────────────────────────────────────────────────────────
     def check_trainable(self, run: Any) -> None:
         """Raise ConfigError unless the loaded network can be trained as the configuration `run`
-        says. (What a section knows before anything is loaded stands in its `check`.)"""
+        says. (What is known before anything is loaded is checked by the section's `check`.)"""
 
     def number_frames(self, seed: int) -> None:
-        """Prepare a network that has seen pictures alone for its first clips; in place."""
+        """Prepare, in place, a network that has only seen pictures for its first training on
+        clips."""
 
     def matrices(self) -> set[str]:
         return {
@@ -312,25 +320,26 @@ class Denoiser(Network):
     ) -> int:
         """Return the floating-point operations of the matrix products of one sample's forward and
         backward pass. `grid`: latent (frames, rows, columns); `kept`: how many places of a window
-        `draw_keep` kept. As Chowdhery et al. 2022 (2204.02311, appendix B): what the model asks
-        for, whatever an attention kernel or checkpointing computes twice."""
+        `draw_keep` kept. Counted as in Chowdhery et al. 2022 (2204.02311, appendix B): operations
+        that the model needs, without those that an attention kernel or checkpointing repeats."""
         raise NotImplementedError
 
     def share_clips(self, context: Any) -> None:
-        """Have the processes of `context` (an `nn.context_parallel.Context`; None: nobody) share
-        each clip from now on: all of them take part in every call. A network that does not look at
-        its `context` computes clips whole, which is right, and gains nothing."""
+        """Have the processes of `context` (an `nn.context_parallel.Context`) share each clip from
+        now on, so that all of them take part in every call; None ends this. A network that ignores
+        its `context` computes whole clips, which is correct but saves nothing."""
         for network in self.networks().values():
             network.context = context
 
     def can_be_captured(self, training: bool) -> bool:
-        """Return whether a CUDA graph of a call (or of a step of `training`) does what the call
-        does: it waits for nothing, and depends on its inputs and weights alone."""
+        """Return whether a call (with `training`, a training step) can be captured in a CUDA graph:
+        it never waits for the device, and depends on its inputs and weights alone."""
         return False
 
     # ── files of other programs ───────────────────────────────────────────────────────────────────
     def diffusers_names(self) -> dict[str, str]:
-        """Return the name in Diffusers of each module and parameter that has another one there."""
+        """Return the names in Diffusers of the modules and parameters that are called otherwise
+        there."""
         return {}
 
 
@@ -387,36 +396,38 @@ class ModelSection(Section):
 
     @property
     def boundary(self) -> float | None:
-        """Return the time between two experts, None where the release or `experts:` says it."""
+        """Return the time between two experts; None where the release or `experts:` says it."""
         return None
 
     @property
     def between(self) -> tuple[float, float]:
-        """Return the times that the network serves."""
+        """Return the range of times, least and greatest, that the network serves."""
         return 0.0, 1.0
 
     def without_part(self) -> dict[str, tuple[str, ...]]:
-        """Return the keys of this section that its other keys leave without a part in training, by
-        the reason."""
+        """Return the keys of this section that have no effect in training because of its other
+        keys, grouped by the reason."""
         return {}
 
     @property
     def depth(self) -> int | None:
-        """Return the number of blocks, None where the release says it."""
+        """Return the number of blocks; None where the release says it."""
         return None
 
     def lengths(self) -> dict[str, int]:
-        """Return sizes by key, each of which some tensor of the weights must have along an axis."""
+        """Return the sizes in this section by key; each is the length of some axis of some
+        weight."""
         return {}
 
     def memory_options(self, frozen: bool) -> list[str]:
-        """Return overrides of this section, from the cheapest in time, that each save memory in
-        training; `frozen`: the weights themselves are not trained."""
+        """Return overrides of this section that each save memory in training, the cheapest in time
+        first; `frozen`: the weights themselves are not trained."""
         return []
 
     @property
     def products(self) -> str:
-        """Return the type of the matrix products in training; `autocast` is `train.precision`'s."""
+        """Return the type of the matrix products in training; `autocast`: as `train.precision`
+        says."""
         return "autocast"
 
     def check(self, run: Any) -> None:
@@ -447,8 +458,8 @@ class ModelSection(Section):
             self.check_products(run)
 
     def check_products(self, run: Any) -> None:
-        """Refuse products of 8-bit floats where they would be ignored, or a loss would compare
-        them with others."""
+        """Refuse products of 8-bit floats where they would be ignored, or where a loss would
+        compare their results with those of other products."""
         whole = run.train.autocast and not run.lora.enabled and run.posttrain is None
         if not whole:
             raise ConfigError(
@@ -467,12 +478,12 @@ class TextEncoderSection(Section):
 
     @property
     def dim(self) -> int | None:
-        """Return the width of the tokens, None where the release says it."""
+        """Return the width of the tokens; None where the release says it."""
         return None
 
     @property
     def depth(self) -> int | None:
-        """Return the number of blocks, None where the release says it."""
+        """Return the number of blocks; None where the release says it."""
         return None
 
     @property
@@ -487,7 +498,7 @@ class TextEncoderSection(Section):
 
     @property
     def cache_dir(self) -> str:
-        """Return the folder in which embeddings are kept for the next run, "" for none."""
+        """Return the folder in which embeddings are kept for the next run, or ""."""
         return ""
 
 
@@ -514,7 +525,8 @@ class TokenizerSection(Section):
 
     @property
     def low_resolution(self) -> tuple[int, int] | None:
-        """Return the width and height of the small clips that are cached beside the clips."""
+        """Return the width and height of the small clips that are cached beside the clips, if
+        any."""
         return None
 
     def check(self, run: Any) -> None:
@@ -532,25 +544,27 @@ class TokenizerSection(Section):
 
 
 class Tokenizer(ABC):
-    """Pixels in `[0, 1]` `(B, F, 3, H, W)` ↔ raw latents `(B, F, H/spatial, W/spatial, C)`."""
+    """Turns pixels in `[0, 1]` `(B, F, 3, H, W)` into raw latents `(B, f, H/spatial, W/spatial,
+    C)`, where f is `spec.frames(F)`, and back."""
 
     spec: LatentSpec
     fingerprint: str  # changes when the weights or the configuration change
 
     @property
     def precision(self) -> str:
-        """Return in which type pixels are encoded, where the config chooses it: a cache holds
-        latents of one."""
+        """Return the type in which pixels are encoded, "" where the config does not choose it. All
+        latents of a cache are encoded in one type."""
         return "" if self.plain is self else self.plain.precision
 
     @property
     def name(self) -> str:
-        """Return what manifests and messages call it."""
+        """Return the name of this tokenizer in manifests and messages."""
         return type(self).__name__
 
     @property
     def plain(self) -> Tokenizer:
-        """Return the tokenizer of the clips alone, where caches hold more (`WithPicture`)."""
+        """Return the tokenizer of the clips alone, if the cache holds more (`WithPicture`); else
+        self."""
         return self
 
     @abstractmethod
@@ -563,14 +577,14 @@ class Tokenizer(ABC):
 
 
 class TextEncoder(Network):
-    """Captions to `TextTokens`; an empty caption has no valid token, or a text of its own
-    (`TextTokens.empty`). Trainable ones have parameters that require a gradient."""
+    """Turns captions into `TextTokens`. An empty caption has no valid token, or is encoded as a
+    text (`TextTokens.empty`). Trainable encoders have parameters that require a gradient."""
 
     dim: int
-    keeps_files: bool = False  # whether it finds embeddings again in files, without its weights
+    keeps_files: bool = False  # whether it reads known embeddings from files, without its weights
 
     def forward(self, captions: list[str]) -> TextTokens:
         raise NotImplementedError
 
     def put_away(self) -> None:
-        """Give back the memory of weights that the encoder loads again when it needs them."""
+        """Free the memory of weights that the encoder loads again when it needs them."""

@@ -56,10 +56,10 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """Keyed draws for the samples `indices (B,)` of one step's global batch. `seed`: one for all,
-    or one for each of them. One number a sample (an empty `shape`) lies where the indices lie:
-    on the CPU, in training, since launching its fifty kernels on a GPU takes longer. Numbers of a
-    shape lie on `device`; None: there, too."""
+    """Keyed draws for the samples `indices (B,)` of one step's global batch. `seed`: one for all
+    samples, or a tuple with one for each. Draws of one number a sample (an empty `shape`) are made
+    on the device of `indices`, in training the CPU, since launching their fifty kernels on a GPU
+    takes longer. Draws with a shape are made on `device`, or where `indices` lie if it is None."""
 
     seed: int | tuple[int, ...]
     step: int
@@ -86,7 +86,7 @@ class Draws:
         return _mix(rows[:, None] + columns).reshape(len(rows), *shape)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Return float32 `(B, *shape)` in [0, 1), of 24 bits."""
+        """Return float32 `(B, *shape)` in [0, 1), in steps of 2⁻²⁴."""
         return _shift_right(self.bits(purpose, *shape), 40).float() * 2.0**-24
 
     def normal(self, purpose: str, *shape: int) -> Tensor:

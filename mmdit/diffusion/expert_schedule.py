@@ -1,6 +1,6 @@
-"""Which of two experts a training step trains, and the times that it draws: pure functions of
-`(seed, step)` and of the law that the objective draws from. Which times belong to whom is said by
-`interfaces.Boundary`."""
+"""Choose which of two experts a training step trains, and draw its times: pure functions of `(seed,
+step)` and of the distribution of times that the objective draws from. `interfaces.Boundary` says
+which times belong to which expert."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class ExpertsConfig(Section):
     enabled: bool = False
     # Which of them are trained; the other expert gets no adapter.
     train: Literal["both", "high", "low"] = "both"
-    # The time at which they change over; null is that of Wan's release, and 0.875 for other models.
+    # The time that divides them; null takes that of Wan's release, and 0.875 for other models.
     boundary: float | None = None
-    # `block`: they take turns of `switch_every` steps. `by_sigma`: each step trains the one that a
-    # time drawn from the whole law belongs to.
+    # `block`: they take turns of `switch_every` steps. `by_sigma`: each step draws a time from the
+    # whole distribution and trains the set that it belongs to.
     routing: Literal["block", "by_sigma"] = "block"
-    # Optimizer steps of a turn.
+    # Optimizer steps in a turn of `block`.
     switch_every: int = 100
 
     def __post_init__(self):
@@ -56,7 +56,8 @@ class ExpertsConfig(Section):
         return ("high", "low") if self.train == "both" else (self.train,)
 
     def schedule(self, objective: Objective, seed: int) -> ExpertSchedule:
-        """Return who trains when. The boundary must be known (`expert_choice.resolved`)."""
+        """Return the schedule of these experts. The boundary must be known
+        (`expert_choice.resolved`)."""
         assert self.boundary is not None, "a learner is built from a resolved configuration"
         boundary = Boundary(self.boundary, objective.time_scale)
         return ExpertSchedule(
@@ -66,8 +67,8 @@ class ExpertsConfig(Section):
 
 @dataclass(frozen=True)
 class FixedTimes(Draws):
-    """Draws of which `time` is at given `quantiles (B,)` of the distribution that the objective
-    draws from."""
+    """Draws that give the times at `quantiles (B,)` of the objective's distribution of times, and
+    are ordinary draws for all other purposes."""
 
     quantiles: Tensor
 
@@ -84,8 +85,9 @@ class FixedTimes(Draws):
 
 
 class ExpertSchedule:
-    """Who trains when, and at which times. `trained`: names, in their order of turn. ConfigError if
-    one of them is never drawn."""
+    """Which expert each step trains, and at which times. `trained`: the names of the trained
+    experts, in the order in which they take turns. ConfigError if the times of one are never
+    drawn."""
 
     def __init__(
         self,
@@ -109,17 +111,17 @@ class ExpertSchedule:
                 )
 
     def quantiles(self, name: str, frames: int) -> tuple[float, float]:
-        """Return the range [least, end) of the quantiles that belong to an expert, of the law that
-        clips of `frames` draw their times from."""
+        """Return the range [least, end) of quantiles that belong to an expert, in the distribution
+        from which clips of `frames` draw their times."""
         if frames not in self._quantiles:
             self._quantiles[frames] = self._quantile_of_boundary(frames)
         cut = self._quantiles[frames]
         return (cut, 1.0) if name == "high" else (0.0, cut)
 
     def _quantile_of_boundary(self, frames: int) -> float:
-        """Return the least quantile whose time lies at or above the boundary, by halving: any
-        monotonous law will do, and the rule of sampling itself, rounding of times included,
-        decides."""
+        """Return the least quantile whose time lies at or above the boundary, by halving. This
+        works for any monotonic distribution, and applies the very rule of sampling, which includes
+        the rounding of times."""
         low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -132,20 +134,21 @@ class ExpertSchedule:
         return high
 
     def mass(self, name: str, frames: int = 1) -> float:
-        """Return the share of drawn times that are of this expert."""
+        """Return the share of drawn times that belong to this expert."""
         low, high = self.quantiles(name, frames)
         return high - low
 
     def describe(self) -> str:
-        """Return what is told before training."""
+        """Return a line for the report before training."""
         shares = ", ".join(
             f"{name} has {self.mass(name):.1%} of the times" for name in self.trained
         )
         return f"experts with boundary t = {self.boundary.time:g}, {self.routing}: {shares}"
 
     def active(self, step: int, frames: int = 1) -> str:
-        """Return the expert that optimizer step `step` (from 0) trains. In blocks it is their turn,
-        which needs no state; by sigma each as often as its times are drawn."""
+        """Return the expert that optimizer step `step` (from 0) trains. With `block`, experts take
+        turns by the step's number; with `by_sigma`, each is drawn as often as its times are.
+        Neither needs a state."""
         if self.routing == "block":
             return self.trained[step // self.switch_every % len(self.trained)]
         masses = torch.tensor(
@@ -158,8 +161,8 @@ class ExpertSchedule:
         return self.trained[int((place >= masses[:-1]).sum())]
 
     def draws(self, draws: Draws, name: str, frames: int) -> FixedTimes:
-        """Return the same draws, but with times of this expert alone: the law of all times,
-        truncated to its range."""
+        """Return the same draws, but with times of this expert alone: from the distribution of all
+        times, truncated to its range."""
         low, high = self.quantiles(name, frames)
         within = (
             draws.uniform("time").double() + 2.0**-25

@@ -62,9 +62,9 @@ def guided_by_expert(
     scales: Mapping[str, float],
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Denoise:
-    """Return a denoiser that asks the network of the noise level, with the guidance that `scales`
-    has for it. `expert_at`: from a time as networks get it to a name in `networks`; see
-    `interfaces.Denoiser`, which one network alone answers by ""."""
+    """Return a denoiser that calls the network in charge of the noise level, with that network's
+    guidance scale in `scales`. `expert_at` maps a time, scaled as networks get it, to a name in
+    `networks`; a single network has the name "" (see `interfaces.Denoiser`)."""
     denoisers = {
         name: guided(objective, network, text, scales[name], interval)
         for name, network in networks.items()

@@ -1,5 +1,5 @@
-"""Training objectives: draw a time and noise, ask the network, measure the error; and that network
-as a denoiser for samplers.
+"""Training objectives: draw a time and noise, call the network, measure the error; and turn the
+network into a denoiser for samplers.
 
 An objective is a path, what the network predicts, how times are drawn and how errors are weighted.
 The network is called as `model(x (B, ...), t (B,) * time_scale, text, **network_inputs)` and knows
@@ -31,9 +31,9 @@ from mmdit.diffusion.path import (
 from mmdit.interfaces import TextTokens
 from mmdit.rng import Draws
 
-# (x_t, t) -> estimate of the clean latents, both (B, ...)
-# (x_t, times as networks get them, text, further inputs) -> prediction: an interfaces.Denoiser, or
-# anything that is called like one
+# `Call`: (x_t, times scaled for the network, text, further inputs) -> prediction; an
+# interfaces.Denoiser, or anything that is called like one. `Denoise`: (x_t, t) -> estimate of the
+# clean latents, both (B, ...).
 Call = Callable[..., Tensor]
 Denoise = Callable[[Tensor, Time], Tensor]
 
@@ -55,8 +55,9 @@ class LossParts:
 
 
 class Objective(ABC):
-    """`prediction`: what the network predicts; `t_range`: the times that it is trained at;
-    `t_start`: where sampling begins."""
+    """A path, a prediction and a law of times. `prediction`: what the network predicts; `t_range`:
+    the least and the greatest time in training; `t_start`: the time at which sampling begins;
+    `time_scale`: the factor by which times are multiplied for the network."""
 
     def __init__(
         self,
@@ -74,14 +75,14 @@ class Objective(ABC):
         """Return times `(B,)` float64 in `t_range`, for clips of `frames`."""
 
     def clip_shift(self, frames: int) -> float:
-        """Return the factor by which the times of clips are shifted beyond those of pictures, in
-        training and in sampling."""
+        """Return the shift (`path.shift_time`) that the times of clips of `frames` get beyond that
+        of pictures, in training and in sampling; 1 is none."""
         return 1.0
 
     @abstractmethod
     def error_scale(self, t: Tensor) -> Tensor:
-        """Return `(B,)`, by which the error of the prediction is multiplied before it is
-        squared."""
+        """Return the factors `(B,)` by which errors of the prediction are multiplied before they
+        are squared."""
 
     def measure(self, error: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Turn the scaled error `(B, ...)` into losses `(B,)`."""
@@ -97,9 +98,9 @@ class Objective(ABC):
         **network_inputs,
     ) -> LossParts:
         """Return the losses of one batch. `clean (B, ..., C)`: normalised latents, on the device
-        where `draws` has numbers of a shape. Everything but the network computes in float32, under
-        autocast too. The first `given` frames (axis 1) stay clean, the network gets their number,
-        and the loss leaves them out."""
+        where `draws` makes its numbers with a shape. Everything but the network computes in
+        float32, under autocast too. The first `given` frames (axis 1) stay clean, the network gets
+        their number, and the loss leaves them out."""
         clean = clean.float()
         noise = draws.normal("noise", *clean.shape[1:])
         t = self.draw_time(draws, clean.shape[1]).to(clean.device, non_blocking=True)
@@ -140,7 +141,7 @@ class Objective(ABC):
     def _network_time(self, t: Time, x: Tensor) -> Tensor:
         t = self.network_time(t)
         if t.dim() == 0 and t.device.type == "cpu":
-            # A kernel writes the number there: a copy would wait for the work that is queued.
+            # Filled by a kernel: a copy from the CPU would wait for the work queued on the device.
             return torch.full((len(x),), t.item(), dtype=torch.float32, device=x.device)
         return t.to(x.device).expand(len(x))
 
@@ -155,8 +156,8 @@ class DiffusionConfig(Section):
     schedule: Literal["cosine", "linear"] = "cosine"
     # What the network predicts: the noise, the rotated target v, or the clean latents.
     prediction_type: Literal["eps", "v", "x0"] = "v"
-    # Weight levels by min(signal-to-noise, gamma) in units of x0; 5 in Hang et al. 2303.09556. Null
-    # is the plain squared error.
+    # Weight the squared error of x0 at each level by min(signal-to-noise ratio, gamma); Hang et al.
+    # (2303.09556) use 5. Null takes the plain squared error of what is predicted.
     min_snr_gamma: float | None = None
     # Make the last level pure noise, as sampling assumes (2305.08891).
     zero_terminal_snr: bool = False
@@ -191,9 +192,9 @@ class DDPM(Objective):
 
     def __init__(self, config: DiffusionConfig):
         path = ddpm_path(config.schedule, config.num_timesteps, config.zero_terminal_snr)
-        # An eps network's error grows by sigma / alpha in its x0 (20,000-fold at the last level of
-        # the cosine schedule), and a min-SNR loss leaves the faintest levels untrained. So both
-        # start where some signal is left.
+        # The x0 of an eps network has sigma / alpha times the error of eps (20,000 times at the
+        # last level of the cosine schedule), and a min-SNR loss leaves the faintest levels
+        # untrained. So sampling with either starts where some signal is left.
         unreliable = config.prediction_type == "eps" or config.min_snr_gamma is not None
         t_start = path.latest(FAINTEST_SIGNAL) if unreliable else 1.0
         super().__init__(
@@ -215,7 +216,7 @@ class DDPM(Objective):
 
 @dataclass(frozen=True)
 class FlowMatchingConfig(Section):
-    """The section `flow_matching:`. Times are drawn on [0, 1], shifted, then laid onto [t_min,
+    """The section `flow_matching:`. Times are drawn on [0, 1], shifted, then scaled to [t_min,
     t_max]."""
 
     # The way from data to noise.
@@ -227,9 +228,9 @@ class FlowMatchingConfig(Section):
     t_min: float = 0.0
     # The largest time that is trained, where sampling begins.
     t_max: float = 1.0
-    # What a time is multiplied by for the network.
+    # The factor by which times are multiplied for the network.
     time_scale: float = 1000.0
-    # The law of times: `uniform`, or `logit_normal`, the sigmoid of a normal (Esser et al.
+    # The distribution of times: `uniform`, or `logit_normal`, the sigmoid of a normal (Esser et al.
     # 2403.03206), which prefers the middle.
     time: Literal["uniform", "logit_normal"] = "uniform"
     # Mean of that normal; above 0 is noisier.
@@ -242,10 +243,10 @@ class FlowMatchingConfig(Section):
     # repeat each other are as clear as one under sqrt(n) times less noise (the argument of
     # 2403.03206, eq. 23, along time).
     shift_by_frames: bool = False
-    # Add so many times 1 - cosine over channels between the true and the predicted velocity
-    # (2501.01423).
+    # Weight of a further loss, 1 - cosine (over channels) between the true and the predicted
+    # velocity (2501.01423).
     direction_weight: float = 0.0
-    # Draw times inside alone; there the law keeps its shape (the range of an expert).
+    # Draw only times in this range (that of an expert), from the same distribution truncated to it.
     between: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
@@ -303,7 +304,7 @@ class FlowMatching(Objective):
         shift = config.shift * self.clip_shift(frames)
         width = config.t_max - config.t_min
         u = draws.uniform("time").double()
-        if config.between != (0.0, 1.0):  # the law's quantiles inside
+        if config.between != (0.0, 1.0):  # draw only the quantiles of the law that lie inside
             between = torch.tensor(config.between, dtype=torch.float64)
             bounds = ((between - config.t_min) / width).clamp(0, 1)
             low, high = self._share(shift_time(bounds, 1 / shift).clamp(0, 1)).tolist()

@@ -1,5 +1,5 @@
-"""From noise to latents with a denoiser, in `steps` steps along any path: t_start = times[0] > … >
-times[steps] = 0.
+"""Sampling: go from noise to latents with a denoiser, in `steps` steps along any path, at the times
+t_start = times[0] > … > times[steps] = 0.
 
 The network is called once a step, at the step's noisy end, never at t = 0: `n` steps are `n` calls
 (2n - 1 for heun). Each solver is a function `step(index, x, t, s) -> (x_s, clean estimate at t)`
@@ -35,8 +35,9 @@ MOST_STEPS = 100_000
 class SamplerConfig:
     """First order: ddim, euler. Second order: heun, and ab2, dpmpp_2m and unipc, which reuse the
     last step's call; ab2 is the most accurate per call on mixtures of Gaussians with even steps
-    (tests/test_diffusion_samplers.py). `grid`: before the shift, even times, or those of Wan's
-    official code or of Diffusers, which also tell the network whole timesteps.
+    (tests/test_diffusion_samplers.py). `grid`: the times before the shift, either even ones or
+    those of Wan's official code or of Diffusers; with the latter two, networks are told whole
+    timesteps, as there.
 
     `eta` (ddim only): 0 is deterministic, 1 the ancestral sampler of DDPM. `shift` above 1 puts
     more steps at the noisy end; the objective's `clip_shift` multiplies it."""
@@ -75,8 +76,8 @@ def sampling_times(
     start: float | None = None,
     grid: Grid = "even",
 ) -> list[float]:
-    """Return `steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0;
-    on a discrete path, times that training has drawn."""
+    """Return `steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0.
+    On a discrete path they are times that training can draw."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if grid == "wan":  # starts at 0.999
         even = even * 0.999
@@ -109,11 +110,11 @@ def sample(
 ) -> Tensor:
     """Return latents at t = 0, shaped like `noise (B, ...)` (standard normal), at least float32.
     `guess`: clean latents to start from and the time to which they are noised first (SDEdit, Meng
-    et al. 2108.01073); larger times leave less of them.
+    et al. 2108.01073); the later that time, the less of them is left.
 
     `denoise` comes from `objective.denoiser` or `guided`. `draws` keys the noise that `eta > 0`
-    adds, by sample and step. `callback(steps done, t reached, x, clean estimate)` follows each
-    step: progress, previews; the latents that it returns, if any, take the place of `x`.
+    adds, by sample and step. `callback(steps done, t reached, x, clean estimate)` is called after
+    each step, for progress and previews; if it returns latents, they replace `x`.
     """
     if config.eta and draws is None:
         raise ValueError(
@@ -133,8 +134,8 @@ def sample(
     if guess is not None:
         x = path.add_noise(guess[0].to(x), x, times[0])
     elif config.grid != "wan":  # the official code starts from noise as it is
-        # The size of x_t for data of unit variance: 1 at t = 1, and on paths that preserve
-        # variance.
+        # Scale to the deviation of x_t for data of unit variance: 1 at t = 1, and at all times on
+        # paths that preserve variance.
         x = x * math.hypot(*_floats(path, times[0]))
     for index, (t, s) in enumerate(zip(times, times[1:])):
         x, clean = step(index, x, t, s)
@@ -271,7 +272,7 @@ def _unipc(denoise: Denoise, path: Path, times: list[float]) -> Step:
 
     def linear(x: Tensor, clean: Tensor, t: float, s: float) -> tuple[Tensor, float, float]:
         """Return x after a step of first order from t to s, the width of the step in `clock`, and
-        the factor with which a change of the estimate counts."""
+        the factor by which a change of the clean estimate changes that x."""
         (_, sigma_t), (alpha_s, sigma_s) = _floats(path, t), _floats(path, s)
         width = clock(s) - clock(t)
         weight = alpha_s * math.expm1(-width)

@@ -24,12 +24,12 @@ from mmdit.diffusion.objective import Denoise
 from mmdit.diffusion.path import Time
 
 Shape = tuple[int, int, int]  # latent (frames, rows, columns)
-OVERLAP = 1 / 8  # of a tile's length along each axis, at least, that the next one shares with it
+OVERLAP = 1 / 8  # least share of its length, along each axis, by which a tile overlaps the next one
 
 
 def starts(whole: int, tile: int) -> list[int]:
-    """Return where tiles begin along an axis of `whole` cells: evenly spread, as few as share
-    OVERLAP of their length with their neighbours."""
+    """Return where tiles begin along an axis of `whole` cells: evenly spread, and as few as
+    possible with neighbours sharing at least OVERLAP of their length."""
     if tile >= whole:
         return [0]
     shared = math.ceil(OVERLAP * tile) if tile > 1 else 0
@@ -46,7 +46,8 @@ class Tiling:
 
     @staticmethod
     def fit(whole: Shape, largest: Shape) -> Tiling:
-        """Return the tiles of a grid, which are no larger than it is."""
+        """Return the tiling of the grid `whole` by tiles of the shape `largest`, or of the grid's
+        along the axes where that is smaller."""
         frames, rows, columns = (min(*sides) for sides in zip(whole, largest, strict=True))
         return Tiling(whole, (frames, rows, columns))
 
@@ -63,8 +64,8 @@ class Tiling:
         return torch.stack([x[self._part(corner)] for corner in self.corners], 1).flatten(0, 1)
 
     def blend(self, tiles: Tensor) -> Tensor:
-        """Return `(b, F, R, C, d)`: the mean of the `tiles (b · n, f, r, c, d)` at each cell,
-        weighted so that no tile begins or ends with a step."""
+        """Return `(b, F, R, C, d)`: the weighted mean of the `tiles (b · n, f, r, c, d)` at each
+        cell. The weights fall towards a tile's edges, so that no edge shows."""
         tiles = rearrange(tiles, "(b n) f r c d -> n b f r c d", n=len(self.corners))
         total = tiles.new_zeros(tiles.shape[1], *self.whole, tiles.shape[-1])
         weights = total.new_zeros(1, *self.whole, 1)
@@ -75,7 +76,7 @@ class Tiling:
         return total / weights
 
     def places(self, device: torch.device) -> Tensor:
-        """Return the places of the tiles, `(n, 5)` int64."""
+        """Return the places of the tiles, described in the head of this file, as `(n, 5)` int64."""
         rows = [[*corner, *self.whole[1:]] for corner in self.corners]
         return torch.tensor(rows, device=device)
 
@@ -95,8 +96,8 @@ class Tiling:
 
 
 def tiled(tiling: Tiling, groups: Sequence[tuple[Tensor, Denoise]]) -> Denoise:
-    """Return `denoise(x, t)` for the whole grid, with one `t` for all samples. `groups`: numbers
-    of tiles, counted as `Tiling.cut` gives them, and what denoises those together."""
+    """Return `denoise(x, t)` for the whole grid, with one `t` for all samples. `groups`: indices of
+    tiles, in the order of `Tiling.cut`, and the denoiser that is called on these tiles together."""
     order = torch.cat([numbers for numbers, _ in groups]).argsort()
 
     def denoise(x: Tensor, t: Time) -> Tensor:

@@ -1,5 +1,5 @@
-"""Keep what blocks leave to the backward pass, recompute it there, or have it wait in the memory of
-the CPU."""
+"""Keep the activations of blocks for the backward pass, recompute them there, or offload them to
+the memory of the CPU meanwhile."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Settings(Protocol):
 
 
 def recompute(block: nn.Module, *inputs: Any) -> Any:
-    """Return `block(*inputs)`, which is computed again in the backward pass; only the inputs are
-    kept for it, and the state of the generators. That state cannot be read while a CUDA graph is
-    captured, and a network that draws numbers is not captured."""
+    """Return `block(*inputs)`, and compute it again in the backward pass; until then, only the
+    inputs and the state of the random generators are kept. That state cannot be read while a CUDA
+    graph is captured, nor is it needed, because a network that draws numbers is not captured."""
     draws = not capturing()
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 class Activations:
-    """Decide what the blocks of one forward pass leave to the backward pass. `settings` have the
-    three keys that are named here.
+    """Decide what the blocks of one forward pass keep for the backward pass. `settings` have the
+    three keys of `Settings`.
 
-    `recomputed(index)` says whether a block leaves its inputs alone: every `checkpoint_every`-th
-    one with `checkpointing`, where gradients are wanted. `of_block(block, x)` is the context to
-    call a block in, whose stream is `x`. With `offload_activations` all that is kept in it and is
-    as large as `x` goes to the memory of the CPU while the next block computes, and comes back
-    while the block behind it computes backward: the same numbers, and no more than two blocks' of
-    them on the device.
+    `recomputed(index)` says whether a block keeps its inputs alone: with `checkpointing`, every
+    `checkpoint_every`-th block does, where gradients are wanted. `of_block(block, x)` is the
+    context in which to call a block with the residual stream `x`. With `offload_activations`,
+    tensors at least as large as `x` that the block saves go to the memory of the CPU while the next
+    block computes, and come back while the block behind it computes backward. The numbers are the
+    same, and the device holds those of at most two blocks.
     """
 
     def __init__(self, settings: Settings):
@@ -71,23 +71,23 @@ class Activations:
 
 
 def checkpointing_options(checkpointing: bool, offload: bool) -> list[str]:
-    """Return what is left to try where memory is short, as overrides of a config."""
+    """Return the options that could still save memory, as overrides of a config."""
     options = [] if checkpointing else ["model.checkpointing=true"]
     return options if offload else [*options, "model.offload_activations=true"]
 
 
 def leaves(x: Tensor) -> bool:
-    """Return whether the memory of `x` is scarce: that of a GPU."""
+    """Return whether `x` may be offloaded: it lies in the memory of a GPU."""
     return x.is_cuda
 
 
 def storage_of(x: Tensor) -> int:
-    """Return what tensors that share their memory have in common."""
+    """Return an identifier that is the same for tensors that share their memory."""
     return x.untyped_storage()._cdata
 
 
 def is_dense(x: Tensor) -> bool:
-    """Return whether `x` is the whole of its memory, in whatever order."""
+    """Return whether `x` fills its storage, in whatever order of axes."""
     return x.nbytes == x.untyped_storage().nbytes()
 
 
@@ -98,8 +98,8 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 class Sent:
-    """Holds what one block has sent away, as long as somebody wants it. `before` is the block
-    before it, whose tensors are wanted next."""
+    """The tensors that one block has sent to the CPU, as long as they are needed. `before`: those
+    of the block before it, which the backward pass needs next."""
 
     def __init__(self, before: Sent | None):
         self.before = before
@@ -107,7 +107,7 @@ class Sent:
         self.returning = False
 
     def add(self, x: Tensor) -> Away:
-        """Send `x` away, once, however often it is kept."""
+        """Send `x` to the CPU, once, however often the block saves it."""
         for away in self.wanted():
             if away.leaving is not None and same(away.leaving, x):
                 away.uses += 1
@@ -121,12 +121,13 @@ class Sent:
         return [away for away in tensors if away is not None]
 
     def let_go(self) -> None:
-        """Give up the tensors on the device, once they have been copied."""
+        """Release the tensors on the device, once they have been copied."""
         for away in self.wanted():
             away.let_go()
 
     def come(self) -> None:
-        """Begin the way back, once, with what was sent last."""
+        """Start the copies back to the device, once, beginning with the tensor that was sent
+        last."""
         if not self.returning:
             self.returning = True
             for away in reversed(self.wanted()):
@@ -137,8 +138,8 @@ class Away:
     """Holds the numbers of a dense tensor in the memory of the CPU. `uses`: how often a backward
     pass asks for it.
 
-    `leaving` holds the tensor until the work that comes next on the device waits for the copy: so
-    its memory is used again in the order of that work, however far the CPU is ahead."""
+    `leaving` keeps the tensor on the device alive until later work there is made to wait for the
+    copy. So its memory is reused only after the copy, however far ahead the CPU is."""
 
     def __init__(self, x: Tensor, sent: Sent):
         self.layout, self.dtype, self.sent = (x.shape, x.stride()), x.dtype, sent
@@ -156,14 +157,14 @@ class Away:
         self.leaving = None
 
     def come(self) -> None:
-        """Begin the way back, unless the tensor has not left yet."""
+        """Start the copy back, unless the tensor is still on the device or already on its way."""
         if self.leaving is None and self.arriving is None:
             device = self.channel.device
             self.arriving = torch.empty_strided(*self.layout, dtype=self.dtype, device=device)
             self.done = self.channel.copy(self.arriving, self.numbers)
 
     def back(self) -> Tensor:
-        """Return the tensor on its device again, and let those of the block before it come."""
+        """Return the tensor on its device, and start the copies of the block before it."""
         self.sent.come()
         self.come()
         self.channel.wait(self.done)
@@ -178,9 +179,9 @@ class Away:
 
 
 class Channel:
-    """Copies between a device and the memory of the CPU, one after another on a stream of its own.
-    All copies to and from `memory` go through it, so a piece may be taken again as soon as it is
-    given."""
+    """Copies between a device and the memory of the CPU, one after another on a CUDA stream of its
+    own. All copies to and from `memory` go through it, so a piece may be taken again as soon as it
+    is given back."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -189,7 +190,8 @@ class Channel:
 
     @torch.no_grad()
     def copy(self, to: Tensor, what: Tensor) -> torch.cuda.Event | None:
-        """Copy behind what the device has been told to do; return what says that it is done."""
+        """Copy `what` into `to` after the work that is queued on the device; return an event that
+        says when it is done (None on a CPU)."""
         if self.stream is None:
             to.copy_(what)
             return None
@@ -199,7 +201,7 @@ class Channel:
             return self.stream.record_event()
 
     def wait(self, done: torch.cuda.Event | None) -> None:
-        """Have what the device is told next wait for a copy."""
+        """Make later work on the device wait for a copy."""
         if done is not None:
             torch.cuda.current_stream(self.device).wait_event(done)
 

@@ -23,14 +23,14 @@ from mmdit.nn.window import Places, gather
 
 observers: list[
     Callable[[Tensor, Tensor, Tensor | None], None]
-] = []  # of queries, keys and mask (diagnostics.attention_statistics)
+] = []  # called with queries, keys and mask (diagnostics.attention_statistics)
 GRID_LIMIT = 65_535  # CUDA's bound on the grid axes that the fused kernels give to batch and heads
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Softmax attention. `q (b, h, l, d)`, `k`, `v (b, h, m, d)`, `valid` bool broadcastable to
-    `(b, h, l, m)`, True = attend (every query needs one valid key), or a bias on the logits;
-    returns `(b, h, l, d)`."""
+    """Return softmax attention `(b, h, l, d)`. `q (b, h, l, d)`, `k`, `v (b, h, m, d)`; `valid`:
+    bool broadcastable to `(b, h, l, m)`, True = attend (every query needs one valid key), or a bias
+    on the logits."""
     for observer in observers:
         observer(q, k, valid)
     for axis in (0, 1):
@@ -44,21 +44,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tens
 
 
 def gains_of(*norms: nn.Module) -> list[Tensor]:
-    """Weights of the norms; none where queries and keys are not normed."""
+    """Return the weights of the norms; none where queries and keys are not normed."""
     return [norm.weight for norm in norms if isinstance(norm, RMSNorm)]
 
 
 class HeadedAttention(nn.Module):
-    """A layer that calls `attend` with so many heads, or several times as many: what observers look
-    for."""
+    """Base of the layers that call `attend` with `num_heads` heads, or a multiple of them;
+    observers look for this class."""
 
     num_heads: int
 
 
 class Attention(HeadedAttention):
     """Separate linears `q`, `k`, `v`, `proj` (adapters find them by name), norms of queries and
-    keys per head (Dehghani et al. 2023), dropout on what is added to the stream. `linear`: the
-    class of the linears."""
+    keys per head (Dehghani et al. 2023), dropout on what is added to the residual stream. `linear`:
+    the class of the linears."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class Attention(HeadedAttention):
     def heads(
         self, queries: Tensor, keys: Tensor, rotary: Rotary | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each `(…, h, d)`; norms and rotation in at least
-        float32, then the values' type."""
+        """Return queries, keys and values, each `(…, h, d)`. Norms and rotation are computed in at
+        least float32; the results have the type of the values."""
         q, k, v = self.q(queries), self.k(keys), self.v(keys)
         q, k, v = (rearrange(z, "... (h d) -> ... h d", h=self.num_heads) for z in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -108,9 +108,9 @@ class Attention(HeadedAttention):
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
     def own_heads(self, x: Tensor, rotary: Rotary | None, first: int) -> list[Tensor]:
-        """Return what `heads` does of `x (…, h·d)` for queries and keys, by one kernel where it can
-        run. The axes from `first` on are the tokens of a group; `rotary` has a row for each of some
-        equal runs of them."""
+        """Return `heads(x, x, rotary)` for `x (…, h·d)`, computed by one kernel where it can run.
+        The axes of `x` from `first` on, but for the last, number the tokens of a group. They are
+        cut into as many equal runs as `rotary` has rows, and the tokens of a run share its row."""
         if not self.fuses(x):
             return list(self.heads(x, x, rotary))
         turns = [] if rotary is None else [table.flatten(0, -2) for table in rotary]
@@ -151,8 +151,9 @@ class TemporalAttention(Attention):
     """Attend along time at each place, every frame to every frame."""
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
-        """`x (b, f, n, k, h·d)` → the same shape. Without rotary tables the frames are a set. Of a
-        clip that processes share, `x` has the frames of this one."""
+        """Return attention along time for `x (b, f, n, k, h·d)`, in the same shape. Without rotary
+        tables it does not depend on the order of frames. If processes share the clip, `x` holds the
+        frames of this process alone."""
         if frames.share is None:
             return self.along_time(x, frames)
         n, k = x.shape[2:4]
@@ -161,12 +162,13 @@ class TemporalAttention(Attention):
         return frames.share.to_part(seen, 1, 2, n * k).unflatten(2, (n, k))
 
     def along_time(self, x: Tensor, frames: Frames) -> Tensor:
-        """Return what `forward` does, for `x` with all frames."""
+        """Return what `forward` does, for `x` with all frames of the clip."""
         n, k = x.shape[2:4]
         if frames.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(1, 3), frames.tiles)).view_as(x)
         parts = self.own_heads(x, frames.rotary, 1)
-        # Places as further heads: the layout of the tokens is read as it is, without a copy.
+        # Places count as further heads, so that tokens are read in the layout they have, without a
+        # copy.
         parts = [rearrange(z, "b f n k h d -> b (n k h) f d") for z in parts]
         return self.output(rearrange(attend(*parts), "b (n k h) f d -> b f n k (h d)", n=n, k=k))
 
@@ -175,8 +177,8 @@ class CrossAttention(Attention):
     """Attend to the text tokens of the sample."""
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """`text (b, t, h·d)` → keys, normed, and values, shaped like it: all that is made of the
-        text."""
+        """Return the normed keys and the values of `text (b, t, h·d)`, each shaped like it: all
+        that depends on the text alone."""
         k, v = self.k(text), self.v(text)
         return self._normed(self.k_norm, k, v.dtype), v
 
@@ -184,8 +186,8 @@ class CrossAttention(Attention):
         return norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2).to(dtype)
 
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
-        """`x (b, f, n, k, h·d)`, `text (b, t, h·d)` or its `keys_values`, `valid (b, t)` bool with
-        a valid token in every row → like `x`."""
+        """Return attention from `x (b, f, n, k, h·d)` to `text (b, t, h·d)`, or to its
+        `keys_values`, shaped like `x`. `valid (b, t)`: bool, with a valid token in every row."""
         queries, (keys, values) = (
             self.q(x.flatten(1, 3)),
             text if isinstance(text, tuple) else self.keys_values(text),

@@ -50,7 +50,7 @@ class CropEmbedding(nn.Module):
     before training, for any crop.
     """
 
-    frequencies = 8  # periods of the whole picture down to 1/128
+    frequencies = 8  # half periods, from the whole picture down to 1/128 of it
 
     def __init__(self, dim: int):
         super().__init__()
@@ -71,10 +71,10 @@ class CropEmbedding(nn.Module):
 
 
 class LowResolution(nn.Module):
-    """What a network is told of a small clip that it redraws: the clip's latents, enlarged and
-    noised, and the level of that noise (conditioning augmentation, Ho et al. 2021, Cascaded
-    Diffusion Models, section 4). Both are zero before training, so that a model starts as it was
-    without them.
+    """Embeds a small clip that a network redraws: the clip's latents, enlarged and noised, and the
+    level of that noise (conditioning augmentation, Ho et al. 2021, Cascaded Diffusion Models,
+    section 4). Both embeddings are zero before training, so that a model starts as it was without
+    them.
     """
 
     def __init__(self, channels: int, dim: int):
@@ -100,8 +100,8 @@ class TextContext(nn.Module):
         self.null = nn.Parameter(torch.empty(dim))
 
     def forward(self, text: TextTokens) -> tuple[Tensor, Tensor]:
-        """Return tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. What invalid embeddings
-        hold, even NaN, has no effect."""
+        """Return tokens `(b, 1 + t, dim)` and their validity `(b, 1 + t)`. The values of invalid
+        embeddings, even NaN, have no effect."""
         embeddings = torch.where(
             text.valid[..., None], text.embeddings, torch.zeros_like(text.embeddings)
         )
@@ -112,7 +112,7 @@ class TextContext(nn.Module):
 
 class PooledText(nn.Module):
     """The caption as one vector: the mean of its valid tokens through a small network, or a learned
-    null without any."""
+    vector if it has none."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -129,8 +129,8 @@ class PooledText(nn.Module):
 
 @dataclass(frozen=True)
 class PreparedText:
-    """All that the model makes of captions alone. `context`: by block, tokens `(b, t, d)` or their
-    keys and values; `valid (b, t)`; `pooled (b, d)`, or 0 without."""
+    """All that a model computes from captions alone. `context`: for each block, tokens `(b, t, d)`
+    or their keys and values; `valid (b, t)`; `pooled (b, d)`, or 0 in a model without it."""
 
     context: list[Tensor | tuple[Tensor, Tensor]]
     valid: Tensor
@@ -138,5 +138,6 @@ class PreparedText:
 
 
 def in_turn(rows: Tensor, x: Tensor) -> Tensor:
-    """Return `rows (n, …)` repeated for the samples of `x (b, …)`, of which guidance asks twice."""
+    """Return `rows (n, …)` repeated to the number of samples of `x (b, …)`: guidance puts each
+    sample into a batch twice."""
     return rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))

@@ -35,7 +35,8 @@ class Encoding:
 
 
 def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return codes times the scales `(out, 1)` of their rows; 8 bits are exact in any `dtype`."""
+    """Return codes times the scales `(out, 1)` of their rows; 8-bit codes are exact in any
+    `dtype`."""
     return codes.to(dtype, copy=True).mul_(scale)
 
 
@@ -73,9 +74,9 @@ def encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantile_pairs(device: torch.device) -> Tensor:
-    """Return the two numbers `(256, 2)` that each byte stands for. They are made anew for each
-    product, of numbers of Python: a product that is compiled or planned must not meet a tensor from
-    outside."""
+    """Return the two numbers `(256, 2)` that each byte stands for. They are made anew, from Python
+    numbers, for each product: a product that is compiled, or whose memory is planned, must not use
+    a tensor from outside."""
     byte = torch.arange(256, device=device)
     halves = torch.stack([byte >> 4, byte & 15], 1)  # the high one is first
     pairs = halves.float()

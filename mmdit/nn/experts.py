@@ -16,16 +16,16 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def shared_copy(network: AnyModule) -> AnyModule:
-    """Return a second structure over the same parameters and buffers: what is added to one (an
-    adapter) is not in the other."""
+    """Return a copy of the tree of modules over the same parameters and buffers: what is added to
+    one tree (an adapter) is not in the other."""
     shared = chain(network.parameters(), network.buffers())
     return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
 def of_samples(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """Return the further inputs of a network for the samples where `rows (b,)` is true. A tensor
-    has a row for each sample or one for all of them; `keep` alone holds places of tokens, which are
-    those of every sample."""
+    has a row for each sample, and is cut, or serves all of them; `keep` is never cut, since it
+    holds places of tokens, which are the same in every sample."""
 
     def part(name: str, value: Any) -> Any:
         for_each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(rows)
@@ -36,11 +36,11 @@ def of_samples(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 class Experts(Denoiser):
     """The networks `high`, for the noisy side of `boundary`, and `low`, for the clean one. They may
-    be structures over one base, or have nothing in common (Wan 2.2). The state holds what is
-    shared once, under the first."""
+    share one base, or have nothing in common (Wan 2.2). The state dict holds shared tensors once,
+    under `high`."""
 
     names = ("high", "low")
-    # Whether processes compute every call together, as those do that have a part of each network.
+    # Whether all processes must make every call, because each holds a part of each network.
     together = False
 
     def __init__(self, high: Denoiser, low: Denoiser, boundary: Boundary):
@@ -70,10 +70,11 @@ class Experts(Denoiser):
     def forward(
         self, x: Tensor, t: Tensor, text: Any, expert: str | None = None, **inputs: Any
     ) -> Tensor:
-        """Return the prediction of `expert`, which is known to be right (no waiting for the
-        device), or of the one that the times belong to. Training draws the times of a batch for one
-        expert: ValueError if they straddle. In evaluation each sample finds its own; `together`,
-        both are called whatever the times are, for those of other processes may be for both."""
+        """Return the prediction of `expert`, if the caller knows it (which saves waiting for the
+        device), or of the expert that the times belong to. A training batch belongs to one expert:
+        ValueError if its times lie on both sides. In evaluation each sample goes to its own expert;
+        with `together`, both are called whatever the times are, since other processes may need
+        either."""
         if expert is not None:
             return self.networks()[expert](x, t, text, **inputs)
         high = self.boundary.is_high(t)
@@ -90,8 +91,9 @@ class Experts(Denoiser):
         return result
 
     def spread(self, stored: Iterable[str], prefix: str) -> dict[str, str]:
-        """Return, for names of one network's tensors, what each is called in each expert that has
-        it, as new name → old name; names without `prefix` are as they were."""
+        """Return new name → old name for the tensors `stored` of one network: under its new names a
+        tensor belongs to each of the experts that have it. Names without `prefix`, or that no
+        expert has, stay as they are."""
         names, result = self.state_dict().keys(), {}
         for name in stored:
             inner = name.removeprefix(prefix)
@@ -143,8 +145,9 @@ class Experts(Denoiser):
 def _store_shared_once(
     module: Experts, state: dict[str, Tensor], prefix: str, local_metadata: object
 ) -> None:
-    """Drop from `state` what `low` shares with `high`. Parameters keep their identity on every
-    device, so that shared ones are known by it; then buffers are those of the first, too."""
+    """Drop from `state` the tensors that `low` shares with `high`. Parameters keep their identity
+    when they are moved, so shared ones are recognised by it; if there are any, the buffers count as
+    shared, too."""
     of_high = {id(parameter) for parameter in module.high.parameters()}
     shares = False
     for name, parameter in module.low.named_parameters(remove_duplicate=False):

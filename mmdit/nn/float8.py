@@ -19,8 +19,8 @@ LEAST = (
 
 def encode_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Encode `x (m, k)`, its columns multiplied by `columns (k)`; return the codes `(m, k)` and the
-    scales `(m, 1)`. Codes times scales are x to 2⁻⁴ of each element, or to 2⁻¹⁰ of the row's scale
-    where that is more. The largest element of a row becomes 448."""
+    scales `(m, 1)`. Codes times scales differ from x by at most 2⁻⁴ of each element, or 2⁻¹⁰ of the
+    row's scale where that is more. The largest element of a row becomes 448."""
     x = x.float() if columns is None else x.float() * columns
     scale = x.abs().amax(1, keepdim=True).clamp(min=LEAST) / LARGEST
     return (x / scale).to(FLOAT8), scale

@@ -1,4 +1,4 @@
-"""Tables that are made once and kept, of the last shapes that came."""
+"""Make tables once, and keep those that were used last."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MOST = 256  # at 720p a grid takes 0.7 MB; a cache under pixel_budget may hold h
 
 
 def capturing() -> bool:
-    """Return whether a CUDA graph is being made of what runs now."""
+    """Return whether the work of the current CUDA stream is being captured in a graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def kept(make: Callable) -> Any:
-    """Keep the last MOST results of `make`, by its arguments. What a CUDA graph was made with
-    stays for
-    good: the graph reads that memory whenever it is replayed, and knows nothing of who holds it."""
+    """Keep the last MOST results of `make` that were used, by its arguments. A result that is used
+    while a CUDA graph is captured stays for good: the graph reads its memory at every replay, and
+    holds no reference to it."""
     recent: OrderedDict = OrderedDict()
     pinned: dict = {}
 

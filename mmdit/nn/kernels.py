@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mmdit.nn import INTERPRETED
 
-CAPABILITY = (8, 0)  # of the GPUs with bfloat16, A100 and later
-CODES = (8, 9)  # of those with products of 8-bit floats
+CAPABILITY = (8, 0)  # compute capability of the first GPUs with bfloat16 (A100)
+CODES = (8, 9)  # of the first GPUs with products of 8-bit floats
 _able = importlib.util.find_spec("triton") is not None and (
     INTERPRETED or torch.cuda.is_available()
 )
 _codes = INTERPRETED
-# The modules of kernels by the names that they have here.
+# The modules of kernels by the names that they get here.
 MODULES = {
     "attention": "mmdit.nn.fused.attention_kernels",
     "heads": "mmdit.nn.fused.heads",
@@ -59,7 +59,7 @@ def warn_without_codes(device: torch.device) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Leave the kernels alone on a GPU that cannot run them; a warning says so once."""
+    """Switch the kernels off on a GPU that cannot run them, with a warning."""
     global _able, _codes
     if device.type != "cuda":
         return

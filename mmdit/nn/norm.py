@@ -28,7 +28,8 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Root mean square norm over the last axis (Zhang & Sennrich 2019), at least float32."""
+    """Return `x` divided by its root mean square over the last axis (Zhang & Sennrich 2019), times
+    `weight`, in at least float32."""
     x = upcast(x)
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), EPSILON)
 
@@ -53,14 +54,15 @@ class Modulation(NamedTuple):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, then `(1 + scale) ·
-    + shift`, cast once to what the linears after it compute in (autocast would cast for each of q,
-    k and v)."""
+    """Apply AdaLN (Peebles & Xie 2023, section 3.2): the norm without weights, times `1 + scale`,
+    plus `shift`. The result is cast once to the type in which the linears after it compute
+    (autocast would cast for each of q, k and v)."""
     return (rms_norm(x) * (1 + scale) + shift).to(working_dtype(x))
 
 
 def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
-    """Return `x + gate · change` in the type of the residual stream `x`; `x` without a change."""
+    """Return `x + gate · change` in the type of the residual stream `x`; `x` if `change` is
+    None."""
     if change is None:
         return x
     assert gate is not None, "a change comes with its gate"
@@ -68,9 +70,9 @@ def add_gated(x: Tensor, change: Tensor | None, gate: Tensor | None) -> Tensor:
 
 
 def no_change(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a `change` and its `gate` that leave the stream `x` as it is. A first block that gets
-    them is compiled to the graph of the blocks behind it, which takes seconds less. `modulation
-    (b, m, d)`: as that of the blocks."""
+    """Return a `change` and its `gate` that leave the residual stream `x` as it is. With them, a
+    first block is compiled to the same graph as the blocks behind it, which saves seconds.
+    `modulation (b, m, d)`: the one that the blocks get."""
     change = torch.zeros_like(x).requires_grad_(x.requires_grad)
     gates = torch.zeros_like(modulation).requires_grad_(modulation.requires_grad)
     return change, rearrange(gates, "b m d -> m b 1 1 1 d")[-1]
@@ -79,8 +81,8 @@ def no_change(x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
 def add_norm(
     x: Tensor, change: Tensor | None, gate: Tensor | None, then: Modulation
 ) -> tuple[Tensor, Tensor]:
-    """Return `add_gated`, and what the sublayer modulated by `then` gets of that sum. `x`, `change
-    (b, f, n, k, d)`."""
+    """Return the sum that `add_gated` gives, and its norm modulated by `then`, which is the input
+    of the next sublayer. `x`, `change (b, f, n, k, d)`."""
     if change is not None and gate is not None and kernels.can_run(x):
         vectors = (vector.flatten(1) for vector in (gate, then.shift, then.scale))
         return tuple(kernels.residual.add_norm(x, change, *vectors, working_dtype(x)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes, as CUDA's own allocations have it
-MOST = 8  # pieces of one allocation
+MOST = 8  # pieces that share one allocation, at most
 
 
 def host_memory(size: int, pinned: bool) -> Tensor:
@@ -29,17 +29,20 @@ def aligned(size: int) -> int:
 
 
 def rounded(size: int) -> int:
-    """Return what `size` bytes of page-locked memory take: torch has powers of two of it."""
+    """Return how many bytes torch allocates for `size` bytes of page-locked memory: a power of
+    two."""
     return 1 << (size - 1).bit_length()
 
 
 def pieces_together(size: int, wanted: int) -> int:
-    """Return of how many pieces of `size` bytes, at most `wanted`, one allocation wastes least."""
+    """Return how many pieces of `size` bytes, at most `wanted`, should share one allocation to
+    waste least of it."""
     return max(range(1, min(wanted, MOST) + 1), key=lambda n: n * size / rounded(n * size))
 
 
 def page_locked_bytes(sizes: Iterable[int]) -> int:
-    """Return what pieces of these sizes take, where it is known how many are wanted."""
+    """Return how many bytes of page-locked memory pieces of these `sizes` take in all, where it is
+    known how many of each are wanted."""
     total = 0
     for size, wanted in Counter(map(aligned, sizes)).items():
         while wanted:
@@ -59,8 +62,9 @@ class PageLocked:
         self.made: Counter[int] = Counter()
 
     def take(self, size: int, wanted: int = 0) -> Tensor:
-        """Return at least `size` bytes, less than twice as many. `wanted`: how many such pieces
-        will be taken from now on; where it is not known, as many as there are already."""
+        """Return a piece of at least `size` bytes, and less than twice as many after alignment.
+        `wanted`: how many such pieces will be taken from now on; 0 stands for as many as there are
+        already."""
         size = aligned(size)
         unused = [piece for piece, free in self.free.items() if free and size <= piece < 2 * size]
         if unused:

@@ -43,7 +43,7 @@ def temporal_rotary(
 ) -> Rotary:
     """Return tables for frames at the positions 0, `step`, 2 · `step` …, broadcastable to
     `(b, f, n, k, heads, head_dim / 2)`."""
-    with torch.inference_mode(False):  # a table first made while sampling is used in training, too
+    with torch.inference_mode(False):  # a table made while sampling is used in training, too
         positions = step * torch.arange(frames, dtype=torch.float64)
         tables = rotary_tables(positions[:, None, None, None, None], head_dim, TEMPORAL_BASE)
         cosine, sine = (table.to(device, dtype) for table in tables)
@@ -59,16 +59,16 @@ class FrameNumbers(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """Draw the weights, unless they are there or frozen."""
+        """Draw the weights, unless they are frozen or already differ from zero."""
         weight = self.embed.weight
         if weight.requires_grad and not weight.any():
             weight.copy_(self.std * torch.randn(weight.shape, generator=generator))
 
 
 class FourierPosition(nn.Module):
-    """Where a place lies in the frame: `(…, 2)` coordinates in [-1, 1] → `(…, dim)`. Windows attend
-    by relative position only; this is what tells them apart (features as in NeRF, Mildenhall et al.
-    2020, equation 4).
+    """Embeds where a place lies in the frame: coordinates `(…, 2)` in [-1, 1] → `(…, dim)`. Windows
+    attend by relative position only; this is what tells them apart (features as in NeRF, Mildenhall
+    et al. 2020, equation 4).
     """
 
     octaves = 6
@@ -82,11 +82,11 @@ class FourierPosition(nn.Module):
 
 
 class FramePosition(FrameNumbers):
-    """Which frame of its clip a token belongs to: `frames` at the positions 0, `step`, 2 · `step` …
-    → `(frames, dim)`, zero for the first, so pictures know nothing of it; `(b, frames, dim)` for
-    parts of clips that begin with the frames `first (b,)`. Rotary attention sees differences only,
-    and at high noise, where motion is decided, all frames look alike: an average over equal values
-    cannot tell the first from the last."""
+    """Embeds which frame of its clip a token belongs to: `frames` at the positions 0, `step`, 2 ·
+    `step` … → `(frames, dim)`; `(b, frames, dim)` for parts of clips that begin with the frames
+    `first (b,)`. It is zero for frame 0, so it changes nothing for pictures. Rotary attention sees
+    differences of positions only, and at high noise, where motion is decided, all frames look
+    alike: an average over equal values cannot tell the first from the last."""
 
     pairs = 16
     # moving blobs learn left from right within 300 steps with 0.3 and with 1.0, not in 700 with 0.1
@@ -104,12 +104,13 @@ class FramePosition(FrameNumbers):
 
 
 class JointPosition(FrameNumbers):
-    """Which place in which frame a token is, as products of slow features of the place and features
-    of the frame: coordinates `(n, k, 2)` → `(frames, n, k, dim)`, or `(b, n, k, 2)` and `first
-    (b,)` → `(b, frames, n, k, dim)`; zero in the first frame, as in `FramePosition`.
+    """Embeds place and frame of a token together, as products of slow features of the place and
+    features of the frame: coordinates `(n, k, 2)` → `(frames, n, k, dim)`, or `(b, n, k, 2)` and
+    `first (b,)` → `(b, frames, n, k, dim)`; zero in frame 0, as in `FramePosition`.
 
-    Whether an object moves left or right depends on caption, frame and place only together. With
-    their sum alone the network must find a product of three; with their product, of two.
+    Whether an object moves left or right depends on caption, frame and place only together. From
+    the sum of their embeddings the network would have to learn a product of three; with the
+    products given here, one of two.
     """
 
     octaves = 2
@@ -131,8 +132,8 @@ class JointPosition(FrameNumbers):
 
 
 def place_features(coordinates: Tensor, octaves: int) -> Tensor:
-    """Return `(…, 4 · octaves)`: sines and cosines of the `coordinates (…, 2)`, from half a period
-    over the frame."""
+    """Return `(…, 4 · octaves)`: sines and cosines of the `coordinates (…, 2)`. The slowest have
+    half a period over the frame, and each octave doubles the frequency."""
     ladder = torch.arange(octaves, dtype=coordinates.dtype, device=coordinates.device)
     angles = (coordinates[..., None] * (math.pi / 2 * 2.0**ladder)).flatten(-2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -141,8 +142,9 @@ def place_features(coordinates: Tensor, octaves: int) -> Tensor:
 def frame_features(
     frames: int, step: float, first: Tensor | None, pairs: int, device: torch.device
 ) -> Tensor:
-    """Return `(frames, 2 · pairs)`, or `(b, frames, …)` for parts that begin with the frames `first
-    (b,)`, in float64: features of the frames at the positions 0, `step` …; those of 0 are zero."""
+    """Return features of the frames at the positions 0, `step`, 2 · `step` …, `(frames, 2 · pairs)`
+    in float64, or `(b, frames, 2 · pairs)` for parts of clips that begin with the frames `first
+    (b,)`. Those of frame 0 are zero."""
     ladder = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
     numbers = torch.arange(frames, dtype=torch.float64, device=device)
     if first is not None:

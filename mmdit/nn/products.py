@@ -1,11 +1,11 @@
-"""Matrix products of a block in training: several weights as one product, and 8-bit floats, twice
-as fast as those of bfloat16.
+"""Matrix products of a block in training: several weights as one product, and products of 8-bit
+floats, twice as fast as those of bfloat16.
 
-With float8 `y = x · Wᵀ` and the gradient of x are products of codes (e4m3: 3 bits after the point,
-up to 448), each row of x, of W and of the gradient with a scale of its own (Micikevicius et al.
-2022, 2209.05433; scales a row as in torchao's `rowwise_with_gw_hp`). The gradient of W, a sum over
-all tokens, is a product of bfloat16. Weights stay float32, and whatever does not train uses them
-so. (Frozen weights that are kept as such codes take part in the same products:
+With float8, `y = x · Wᵀ` and the gradient of x are products of codes (e4m3: 3 bits after the point,
+up to 448); each row of x, of W and of the gradient has its own scale (Micikevicius et al. 2022,
+2209.05433; scales of rows as in torchao's `rowwise_with_gw_hp`). The gradient of W, a sum over all
+tokens, is a product of bfloat16. Weights stay float32 and are used as such outside training.
+(Frozen weights that are kept as such codes take part in the same products:
 nn/stored_weights.py.)"""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmdit.nn import kernels
 from mmdit.nn.float8 import encode_rows
 from mmdit.nn.norm import working_dtype
 
-FEW = 8192  # rows of x for which coding x, or putting weights together, takes longer than it saves
+FEW = 8192  # rows of x below which encoding x, or joining weights, takes longer than it saves
 
 
 def codes(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -42,17 +42,17 @@ def multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
 
 
 def input_gradient(grad: Tensor, code: Tensor, scale: Tensor) -> Tensor:
-    """Return `grad (m, n) · W (n, k)` in bfloat16, of the codes of W and the scales `(n, 1)` of its
-    rows. These multiply the columns of the gradient, so that the codes of the forward pass are used
-    here, too."""
+    """Return `grad (m, n) · W (n, k)` in bfloat16, from the codes of W and the scales `(n, 1)` of
+    its rows. The scales multiply the columns of the gradient instead, so that the codes of the
+    forward pass can be used here, too."""
     ones = scale.new_ones(code.shape[1], 1)
     return multiply(*codes(grad, scale.flatten()), code.t().contiguous(), ones)
 
 
 class _SharedProduct(torch.autograd.Function):
-    """`x (…, k)` times `weights (·, k)`, one below the other, transposed; in float8 if `coded`. The
-    gradient of x is one product, too, those of the weights are one each. `x` has the type that
-    products are taken in."""
+    """`x (…, k)` times the transposed stack of the `weights (·, k)`; in float8 if `coded`. The
+    gradient of x is one product, too, those of the weights are one each. `x` has the type in which
+    products are computed."""
 
     @staticmethod
     def forward(ctx, x: Tensor, coded: bool, *weights: Tensor) -> Tensor:
@@ -91,11 +91,11 @@ def _stacked(weights: Sequence[Tensor]) -> Tensor:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that multiplies codes in training, where it may; both widths must be multiples
-    of 16."""
+    """A linear layer whose products in training are those of 8-bit floats where `encodes` allows
+    it; both widths must be multiples of 16."""
 
     def encodes(self, x: Tensor) -> bool:
-        """Return whether the product with `x` is one of codes."""
+        """Return whether the product with `x` is one of 8-bit floats."""
         return self.training and self.bias is None and kernels.can_encode(x) and many_rows(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class Float8Linear(nn.Linear):
 
 
 def joinable(x: Tensor, *layers: nn.Module) -> bool:
-    """Return whether `joined` takes the place of the layers: they are weights and nothing else (not
-    adapters), and a compiled block puts them together as it casts them, or `x` is large. (Autocast
-    casts a single weight once for many calls.)
+    """Return whether `joined` may replace the layers: they are plain linear layers (without
+    adapters), and it pays, either because a compiled block joins the weights as it casts them, or
+    because `x` is large. (Autocast casts a single weight once for many calls.)
     """
     pays = torch.compiler.is_compiling() or many_rows(x)
     return pays and all(type(layer) in (nn.Linear, Float8Linear) for layer in layers)
@@ -113,7 +113,7 @@ def joinable(x: Tensor, *layers: nn.Module) -> bool:
 
 def joined(x: Tensor, *layers: nn.Linear, apart: bool = False) -> Tensor:
     """Return the outputs of layers side by side, `x (…, k)` → `(…, n)`. `apart`: the gradient of
-    each weight is a product for itself."""
+    each weight is a separate product."""
     x = x.to(working_dtype(x))
     weights: list[Tensor] = [layer.weight for layer in layers]
     coded = isinstance(layers[0], Float8Linear) and layers[0].encodes(x)

@@ -1,11 +1,11 @@
-"""Frozen matrices that look like any weight and are kept otherwise: in fewer bits
+"""Frozen matrices that are used like any weight but are stored differently: in fewer bits
 (`nn/encodings.py`), in the memory of the CPU, or both. Linear layers and adapters over them need no
 change.
 
-torchao and bitsandbytes have such tensors, too, but theirs do not wait on the CPU for their block
-to compute, nor in a file until they are cut over processes; and torchao's products keep the weight
-that they unpacked for the backward pass, so that a step without checkpointing holds them all. Here
-each pass unpacks (or fetches) its own.
+torchao and bitsandbytes have such tensors, too, but theirs cannot wait on the CPU until their block
+computes, nor in a file until they are sharded over processes. Also, torchao's products keep the
+unpacked weight for the backward pass, so that a step without checkpointing holds all of them at
+once. Here the forward and the backward pass each unpack (or fetch) the weight for themselves.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ Parts = tuple[Tensor, Tensor | None]  # codes, and their scales if they have som
 
 
 class StoredWeight(Tensor):
-    """A matrix `(out, in)` of `dtype` to the outside, kept as `codes`: its numbers in another type,
-    or, with `scale`, those of the encoding that the type of the codes tells. `fetch` gives both on
-    `device` where they are needed now; None: they lie there; `changing` is called before they are
-    written to, for others may have copies. `multiplies_codes`: large products in training are those
-    of 8-bit floats, of the codes as they are kept, where a GPU has them. `later`: the encoding that
-    the numbers, which lie in a file as yet, get whenever they are read.
-    Products with it (`F.linear`) are differentiable in the input and the bias; anything else sees a
-    copy that is unpacked for it. What is written into it is packed again; what would be written
-    into a part of such a copy is refused, for it would be lost.
+    """A matrix `(out, in)` that looks like one of `dtype` but is kept as `codes`: its numbers in
+    another type, or, with `scale`, in the encoding that the type of the codes implies.
+
+    `fetch` returns codes and scale on `device` when they are needed; None: they are there already.
+    `changing` is called before they are written to, since others may hold copies.
+    `multiplies_codes`: in training, large products are products of 8-bit floats, taken from the
+    codes as they are, on GPUs that have them. `later`: the encoding of numbers that are still in a
+    file; they are encoded each time they are read.
+
+    Products with it (`F.linear`) are differentiable in the input and the bias; all other operations
+    get an unpacked copy. If an operation writes to such a copy, the result is packed again; writing
+    into a view of one is refused, because it would be lost.
     """
 
     @staticmethod
@@ -72,12 +75,12 @@ class StoredWeight(Tensor):
 
     @property
     def encoding(self) -> Encoding | None:
-        """Return what the numbers are encoded in; None: in nothing."""
+        """Return the encoding of the numbers, or None if they are not encoded."""
         kept = None if self.scale is None else OF_CODES[self.codes.dtype]
         return self.later or kept
 
     def parts(self) -> Parts:
-        """Return codes and scales on `device`, for one product: later fetches may overwrite
+        """Return codes and scales on `device`, good for one product: later fetches may overwrite
         them."""
         if self.fetch:
             return self.fetch()
@@ -86,7 +89,7 @@ class StoredWeight(Tensor):
         return self.codes, self.scale
 
     def now(self, dtype: torch.dtype) -> Tensor:
-        """Unpack the weight for one product: later fetches may overwrite it."""
+        """Return the unpacked weight, good for one product: later fetches may overwrite it."""
         return _unpacked(self.parts(), dtype)
 
     def whole(self) -> Tensor:
@@ -97,7 +100,7 @@ class StoredWeight(Tensor):
         return _unpacked((self.codes.to(self.device, copy=True), scale), self.dtype)
 
     def pack(self, value: Tensor) -> None:
-        """Replace what is kept by `value`."""
+        """Replace the stored numbers by `value`, encoded as they are."""
         value = value.whole() if isinstance(value, StoredWeight) else value
         value = value.detach().expand(self.shape)
         if self.changing is not None:
@@ -108,7 +111,8 @@ class StoredWeight(Tensor):
                 part.copy_(new)
 
     def like(self, change: Callable[[Tensor], Tensor]) -> StoredWeight:
-        """Return such a weight of changed parts; fetched ones stay where they are kept."""
+        """Return a weight like this one with `change` applied to codes and scale; parts that are
+        fetched stay as they are, where they are."""
         codes, scale = self.codes, self.scale
         if not self.fetch:
             codes, scale = change(codes), None if scale is None else change(scale)
@@ -146,7 +150,7 @@ class StoredWeight(Tensor):
         if weight is None:
             return _on_copies(func, args, kwargs)
         if func is torch.ops.aten.clone.default and weight.fetch:
-            # What is written into a clone must not reach the memory that is fetched from.
+            # Writing into a clone must not change the memory that the original is fetched from.
             scale = weight.scale
             scale = None if scale is None else scale.to(weight.device, copy=True)
             codes = weight.codes.to(weight.device, copy=True)
@@ -174,7 +178,7 @@ _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.
 
 
 def _on_copies(func, args: tuple, kwargs: dict):
-    """Call `func` with unpacked copies, and pack those again that it writes into."""
+    """Call `func` with unpacked copies of stored weights, and pack those that it writes into."""
     copies: dict[int, tuple[StoredWeight, Tensor]] = {}
 
     def whole(value):
@@ -196,7 +200,7 @@ def _on_copies(func, args: tuple, kwargs: dict):
 
 
 class PartOfCopy(Tensor):
-    """Rows, a transpose or another view of a copy of a `StoredWeight`: to be read alone."""
+    """Rows, a transpose or another view of a copy of a `StoredWeight`; it can only be read."""
 
     @staticmethod
     def __new__(cls, values: Tensor):
@@ -246,8 +250,8 @@ def _linear(x: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tens
 
 
 class _UnpackedProduct(torch.autograd.Function):
-    """`x Wᵀ + b`. Neither pass keeps W, and the gradient of x takes the same product as a plain
-    layer's."""
+    """`x Wᵀ + b`. Neither pass keeps the unpacked W, and the gradient of x is the same product as
+    in a plain layer."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, weight: StoredWeight) -> Tensor:
@@ -298,9 +302,9 @@ def linear_layers(blocks: nn.Module) -> list[nn.Linear]:
 
 
 def store(blocks: nn.Module, name: str, multiplies_codes: bool = False) -> None:
-    """Keep the weights of all linear layers of `blocks` in the encoding of this name, frozen; in
-    place, one after the other. Each is unpacked in the type that it had. `multiplies_codes`: as
-    `StoredWeight` has it, for float8."""
+    """Freeze `blocks`, and keep the weights of all their linear layers in the encoding `name`; in
+    place, one layer after the other. Each weight is unpacked to the type that it had.
+    `multiplies_codes`: see `StoredWeight`; for float8."""
     for layer in linear_layers(blocks.requires_grad_(False)):
         stored = layer.weight
         if not isinstance(stored, StoredWeight):  # else it was read as it is
@@ -310,7 +314,7 @@ def store(blocks: nn.Module, name: str, multiplies_codes: bool = False) -> None:
 
 
 class PutTogether(nn.Module):
-    """Makes a stored weight of its parts, for `torch.nn.utils.parametrize`."""
+    """Makes a stored weight from its codes and scales, for `torch.nn.utils.parametrize`."""
 
     def __init__(self, dtype: torch.dtype, encoding: Encoding, multiplies_codes: bool):
         super().__init__()
@@ -330,9 +334,9 @@ class PutTogether(nn.Module):
 
 
 def take_apart(block: nn.Module, name: str) -> None:
-    """Make the codes and the scales of the linear layers of `block` parameters of their own, which
-    can be cut by rows, as no stored weight can; in place. A layer puts its weight together of them
-    when it computes. `name`: of the encoding, in which they are or will be from now on."""
+    """Turn the codes and the scales of the frozen linear layers of `block` into separate
+    parameters, in place. Unlike a stored weight, these can be sharded by rows. A layer puts its
+    weight together when it computes. `name`: the encoding that the weights have, or get here."""
     for layer in linear_layers(block):
         weight = layer.weight
         multiplies_codes = isinstance(weight, StoredWeight) and weight.multiplies_codes

@@ -26,8 +26,8 @@ class Tiles(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Hold what attention along time must know: rotary tables (None: frames are a set), tiles, and,
-    where processes share the clip, the part of its frames that is this process's."""
+    """The tables of attention along time: rotary ones (None: frames are a set), tiles, and, if
+    processes share the clip, this process's part of its frames."""
 
     rotary: Rotary | None
     tiles: Tiles | None
@@ -55,8 +55,9 @@ def frame_tables(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Frames:
-    """Return the tables for clips of `frames` × `places` tokens, `step` apart in time (None: the
-    frames are a set); a tile holds the frames of one place, or of several if they are few."""
+    """Return the tables for clips of `frames` × `places` tokens, frames `step` apart in time (None:
+    the frames are a set). A tile holds the frames of one place, or of several places if there are
+    few frames."""
     rotary = None if step is None else temporal_rotary(frames, step, head_dim, device, dtype)
     with torch.inference_mode(False):
         columns = max(1, NARROWEST // frames)  # places of a tile

@@ -3,9 +3,9 @@
 Axes: b sample · f frame · r row · c column · n window · k place in the window · d width.
 
 Tokens are stored window by window, `(b, f, n, k, d)`, from the first block to the last, so plain
-windows need no copy. A shifted window holds each place `k` exactly once too, some from its own cell
-and some from the next one: shifting is one `where` per axis. Because this is true of any subset of
-the places, routing (models/routing.py) may keep a subset.
+windows need no copy. A shifted window, too, holds each place `k` exactly once, some from the plain
+window of its number and some from the next one: shifting is one `where` per axis. Because this is
+true of any subset of the places, routing (models/routing.py) may keep a subset.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Pattern = Literal["window", "shifted", "frame"]
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """A grid of `rows × columns` cut into equal windows of `height × width`; what sticks out is
-    padding."""
+    """A grid of `rows × columns` cut into equal windows of `height × width`; windows that reach
+    beyond the grid are padded."""
 
     rows: int
     columns: int
@@ -75,7 +75,7 @@ class WindowGrid:
 
 
 class Places(NamedTuple):
-    """What attention in one pattern must know of its tokens, in g groups of m: plain or shifted
+    """The tables that attention in one pattern needs, for tokens in g groups of m: plain or shifted
     windows (g = n, m = k), or whole frames (g = 1, m = n · k)."""
 
     pattern: Pattern
@@ -84,16 +84,16 @@ class Places(NamedTuple):
     same: Tensor | None  # (g, m, m) bool: query and key may see each other; None where all may
     rows_moved: (
         Tensor | None
-    )  # (k, 1) bool: in shifted windows these places come from the next cell down; None: no shift
-    columns_moved: Tensor | None  # likewise from the next cell across
+    )  # (k, 1) bool: in shifted windows, places from the next plain window down; None: no shift
+    columns_moved: Tensor | None  # likewise from the next plain window across
     cells: Tensor  # (n, k): the window whose memory holds each place of each (shifted) window
-    names: Tensor  # (g, m): tokens of one name see each other
+    names: Tensor  # (g, m): tokens with the same name see each other
     tiles: Tiles | None  # for the fused kernel; None where groups are too large for it
-    real: Tensor | None = None  # (m,): the tokens of a whole frame that are no padding; None: all
-    padded: Places | None = None  # where real is given: the same with padding, masked, for routing
+    real: Tensor | None = None  # (m,): the tokens of a whole frame that are not padding; None: all
+    padded: Places | None = None  # given with `real`: the tables with padding, masked, for routing
 
     def keep(self, keep: Tensor) -> Places:
-        """Return the tables for the tokens at the places `keep (K,)` alone."""
+        """Return the tables for only the tokens at the places `keep (K,)` of each window."""
         if self.padded is not None:
             return self.padded.keep(keep)
         windows, places = self.cells.shape
@@ -164,9 +164,9 @@ def gather(x: Tensor, places: Places, back: bool = False) -> Tensor:
 def place_tables(
     grid: WindowGrid, pattern: Pattern, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Places:
-    """Return the tables of one pattern, made once per grid. They are kept, as those of time and
-    place are, because graphs read them."""
-    with torch.inference_mode(False):  # tables first made while sampling are used in training, too
+    """Return the tables of one pattern, made once per grid. Like the tables of time and place they
+    are kept, because CUDA graphs read their memory."""
+    with torch.inference_mode(False):  # tables made while sampling are used in training, too
         shifted = pattern == "shifted"
         offset = grid.shift if shifted else (0, 0)
         row, column = torch.meshgrid(
@@ -237,8 +237,9 @@ def coordinates(grid: WindowGrid, device: torch.device, dtype: torch.dtype) -> T
 
 
 def coordinates_of_tiles(grid: WindowGrid, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `coordinates` gives the same cells in the whole frame, `(b, n, k, 2)`, for tiles
-    at `places (b, 5)`, which `mmdit.diffusion.tiling` describes."""
+    """Return the coordinates `(b, n, k, 2)` that the cells of tiles have in their whole frame, in
+    the units of `coordinates`. `places (b, 5)`: where the tiles lie, see
+    `mmdit.diffusion.tiling`."""
     corner, whole = places.double()[:, None, None, 1:].chunk(2, -1)  # (b, 1, 1, 2)
     lines = [
         torch.arange(size, dtype=torch.float64, device=places.device)

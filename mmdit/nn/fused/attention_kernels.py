@@ -3,8 +3,8 @@
 
 A window (64 places) or a few columns of frames fit into one tile of a kernel: it reads queries,
 keys and values where the linears left them, norms and rotates them in float32, attends, and writes
-where the next linear reads. Nothing is laid out anew, no mask is stored, and the backward pass
-computes all of it again from q, k, v. `nn/attention.py` decides where they are used.
+where the next linear reads. No tensor is rearranged, no mask is stored, and the backward pass
+computes all of it again from q, k, v. `nn/attention.py` decides where the kernels are used.
 
 Axes: t token · h head · d width of a head · g group · l row of a group's tile.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from mmdit.nn import EPSILON
 from mmdit.nn.fused.ops import launch, operator
 
-PARTS = 16  # at most, into which the queries of one sample and head are cut
+PARTS = 16  # into which the queries of one sample and head are cut, at most
 EXACT = tl.constexpr("ieee")  # products of float32 stay float32
 EPS = tl.constexpr(EPSILON)
 
@@ -52,8 +52,8 @@ def _prepare(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Return the halves of queries or keys, normed and rotated, and the reciprocal root mean square
-    of each row."""
+    """Return the halves of queries or keys, normed and rotated, and for each row the reciprocal of
+    its root mean square."""
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + EPS)
     if NORM:
         low = low * inverse[:, None] * tl.load(gain + columns)[None, :]
@@ -78,8 +78,8 @@ def _unprepare(
     NORM: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Return, from the gradients of the outputs of `_prepare`, those of its inputs `low`, `high`
-    and of the gain's halves."""
+    """Return the gradients of the inputs `low` and `high` of `_prepare` and of the halves of the
+    gain, from those of its outputs."""
     if ROTATE:
         grad_low, grad_high = (
             grad_low * cosine + grad_high * sine,
@@ -115,7 +115,7 @@ def _softmax(q_low, q_high, k_low, k_high, allowed, scale):
 
 @triton.jit
 def _softmax_back(weights, change, values, scale):
-    """Return the gradient of the logits, from that of what was attended."""
+    """Return the gradient of the logits, from that of the output of attention."""
     grad = tl.dot(change, tl.trans(values), input_precision=EXACT)
     return (weights * (grad - tl.sum(weights * grad, 1)[:, None]) * scale).to(values.dtype)
 
@@ -267,11 +267,11 @@ def group_attention(
     qkv: Tensor, gains: list[Tensor], index: Tensor, names: Tensor, turns: list[Tensor], heads: int
 ) -> Tensor:
     """Attend (softmax) from every token to those of its group. `qkv (…, t, 3·h·d)`: queries, keys
-    and values side by side; `index (g, l)` int32: the tokens of each group's tile among the t, -1
-    for none; `names (g, l)` int32: tokens attend to those of the same name; `gains`: of the norms
-    of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the rotation
-    `(l, d/2)` float32, or none. Every token must be in one tile; l and d are powers of two from 16
-    and 32 on. Returns `(…, t, h·d)`."""
+    and values side by side; `index (g, l)` int32: the tokens, of the t, in each group's tile, -1
+    for none; `names (g, l)` int32: tokens attend to those of the same name; `gains`: those of the
+    norms of queries and keys, each `(d,)` float32, or none; `turns`: cosines and sines of the
+    rotation `(l, d/2)` float32, or none. Every token must be in one tile; l and d are powers of
+    two, at least 16 and 32. Returns `(…, t, h·d)`."""
     return _launch_groups(qkv, gains, index, names, turns, heads, None)[0]
 
 
@@ -421,9 +421,9 @@ def _launch_text(
     length = q.numel() // (samples * width)
     chunk = 64 * max(
         4, triton.cdiv(length, 64 * PARTS)
-    )  # queries of a program: their sums over keys are kept apart
+    )  # queries of a program, which writes its sums over them apart
     parts = triton.cdiv(length, chunk)
-    alone = parts == 1  # nothing is left to add
+    alone = parts == 1  # no sums of other programs to add
     sums = (
         v.new_empty((2, parts, *v.shape), dtype=v.dtype if alone else torch.float32)
         if backward
@@ -471,9 +471,9 @@ def _launch_text(
 def text_attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor, gains: list[Tensor], heads: int
 ) -> Tensor:
-    """Attend (softmax) from `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`, `valid (b,
-    t)` bool with a valid token in every row; `gains`: that of the norm of queries `(d,)` float32,
-    or none (keys come normed). Returns the shape of `q`.
+    """Attend (softmax) from `q (b, …, h·d)` to the valid ones of `k`, `v (b, t, h·d)`; `valid (b,
+    t)`: bool, with a valid token in every row; `gains`: that of the norm of queries `(d,)` float32,
+    or none (keys are normed already). Returns the shape of `q`.
     """
     return _launch_text(q, k, v, valid, gains, heads, None)[0]
 

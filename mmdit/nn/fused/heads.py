@@ -2,8 +2,8 @@
 clips): normed and rotated by one kernel, forward and backward (Triton, CUDA).
 
 Groups that are too large for a tile (nn/fused/attention_kernels.py) attend through torch's kernels,
-which want queries and keys as they are multiplied. Step by step, norm and rotation read and write
-each of them in float32 several times.
+which take queries and keys that are normed and rotated already. As separate operations, norm and
+rotation would read and write each of them in float32 several times.
 
 Axes: t token · h head · d width of a head · l row of a program's tile.
 """
@@ -46,8 +46,8 @@ def _part(
     ROTATE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Norm and rotate the queries, or the keys, of one head into `target`; backward, `target` holds
-    the gradient of that."""
+    """Norm and rotate the queries, or the keys, of one head into `target`. In the backward pass
+    `target` holds the gradient of the result, and that of the source is written."""
     low = _load(source, inner, columns, valid)
     high = _load(source, inner + HALF, columns, valid)
     first, second, inverse = _prepare(low, high, gain, columns, cosine, sine, HALF, NORM, ROTATE)
@@ -182,10 +182,10 @@ def _launch(
 
 @operator
 def split_heads(qkv: Tensor, gains: list[Tensor], turns: list[Tensor], heads: int) -> list[Tensor]:
-    """Return queries, keys and values, each `(…, t, h, d)`, of `qkv (…, t, 3·h·d)`, which has them
-    side by side; queries and keys normed with `gains`, each `(d,)` float32, or not (none), and
-    rotated by `turns`, cosines and sines `(s, d/2)` float32 of s equal runs of the t tokens, or not
-    (none). d is a power of two from 32 on."""
+    """Return queries, keys and values, each `(…, t, h, d)`, from `qkv (…, t, 3·h·d)`, which has
+    them side by side. Queries and keys are normed with `gains`, each `(d,)` float32 (an empty list:
+    not normed), and rotated by `turns`, cosines and sines `(s, d/2)` float32 for s equal runs of
+    the t tokens (an empty list: not rotated). d is a power of two, at least 32."""
     qkv = qkv.contiguous()
     shape = (*qkv.shape[:-1], heads, qkv.shape[-1] // (3 * heads))
     return _launch(qkv, [qkv.new_empty(shape) for _ in range(3)], gains, turns, heads, False)

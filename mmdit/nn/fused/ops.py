@@ -11,16 +11,16 @@ from mmdit.nn import INTERPRETED
 
 
 def operator(function: Callable) -> Any:
-    """Make `function`, which launches kernels through `launch`, the operator `mmdit::<its name>`. A
-    compiled block launches them itself: to call an operator written in Python takes torch 0.1 ms of
-    the CPU."""
+    """Register `function`, which launches kernels through `launch`, as the operator `mmdit::<its
+    name>`. A compiled block launches the kernels itself, because calling an operator written in
+    Python costs torch 0.1 ms of CPU time."""
     return (custom_op if INTERPRETED else triton_op)(
         f"mmdit::{function.__name__}", function, mutates_args=()
     )
 
 
 def launch(kernel: Callable) -> Any:
-    """Return `kernel` as it is launched, by `[grid](…)`, within an operator. For Inductor's sake no
-    argument of the kernel may be called `stream`, and numbers that are not whole must be
-    `tl.constexpr`: it would pass them as float64."""
+    """Return `kernel` in the form that is launched, by `[grid](…)`, within an operator. Inductor
+    demands that no argument of the kernel is called `stream`, and that numbers that are not whole
+    are `tl.constexpr`: it would pass them as float64."""
     return kernel if INTERPRETED else wrap_triton(kernel)

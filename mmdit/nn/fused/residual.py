@@ -17,9 +17,9 @@ from torch import Tensor
 from mmdit.nn import EPSILON
 from mmdit.nn.fused.ops import launch, operator
 
-# By the width of a row, at most: about how many programs (each leaves its sums to a last
-# reduction), rows of a program at a time, steps fetched ahead, and warps. Measured on an H200: of
-# wide rows, several at a time do not fit into the registers.
+# For rows up to each width: the approximate number of programs (each leaves sums to a last
+# reduction), the rows that a program takes at a time, the steps that it fetches ahead, and warps.
+# Measured on an H200: of wide rows, several at a time do not fit into the registers.
 LAYOUTS = {512: (2112, 4, 3, 4), 2048: (528, 1, 4, 4), 1 << 30: (528, 1, 2, 8)}
 EPS = tl.constexpr(EPSILON)
 
@@ -124,8 +124,9 @@ def _backward(
 
 
 def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
-    """Return the grid of programs; the tokens of a sample and of a program, and the width; options.
-    Rows are fetched some steps ahead: without that a program waits for each."""
+    """Return the grid of programs; the tokens of a sample, the tokens of a program and the width;
+    the kernel's options. Rows are fetched some steps ahead, since a program would else wait for
+    each."""
     samples, width = len(x), x.shape[-1]
     tokens = x.numel() // (samples * width)
     side = triton.next_power_of_2(width)
@@ -139,8 +140,8 @@ def _layout(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
 def add_norm(
     x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Take the stream `x (b, …, d)`, `change` like it, `gate`, `shift`, `scale (b, d)` with
-    adjacent columns; return the new stream, and its modulated norm in the type `dtype`."""
+    """Return the new residual stream, `x + gate · change`, and its modulated norm in the type
+    `dtype`. `x`, `change (b, …, d)`; `gate`, `shift`, `scale (b, d)` with adjacent columns."""
     x, change = x.contiguous(), change.contiguous()
     grid, numbers, options = _layout(x)
     stream, y = torch.empty_like(x), torch.empty_like(x, dtype=dtype)

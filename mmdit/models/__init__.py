@@ -1,5 +1,5 @@
-"""Models: networks from tensors to tensors. To add one: a file with its config and class, a name in
-the union, a case below."""
+"""Models: networks that map tensors to tensors. To add one, write a file with its config and class,
+list the config in the union, and add a case below."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ __all__ = [
 def build_model(
     config: ModelConfig, latent_channels: int, text_dim: int, tread: TreadConfig | None = None
 ) -> VideoMMDiT:
-    """Return the network for latents of `latent_channels` and text tokens of `text_dim`, with fresh
-    weights from torch's generator. (Wan has stored ones: `interop.wan_weights.load_denoiser`.)"""
+    """Return the network for latents of `latent_channels` and text tokens of width `text_dim`, with
+    fresh weights from torch's generator. (`interop.wan_weights.load_denoiser` loads Wan's
+    weights.)"""
     match config:
         case VideoMMDiTConfig():
             return VideoMMDiT(config, latent_channels, text_dim, tread)

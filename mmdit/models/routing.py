@@ -2,10 +2,10 @@
 Training", arXiv 2501.04765): in training, a part of the tokens skips a span of blocks and comes
 back unchanged after it.
 
-The paper keeps tokens at random. Here the kept places repeat from window to window and frame to
-frame: then every window, plain or shifted, holds equally many kept tokens and every kept place all
-its frames, so all sublayers shrink alike and nothing needs padding. The blocks know nothing of it.
-Axes: b sample · f frame · n window · k place in the window · d width.
+The paper keeps tokens at random. Here the kept places are the same in every window and frame. So
+every window, plain or shifted, holds equally many kept tokens, and a kept place is kept in all
+frames: all sublayers shrink alike, and nothing needs padding. The blocks know nothing of it. Axes:
+b sample · f frame · n window · k place in the window · d width.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class TreadConfig(Section):
     )
     # `random`: any places of the window. `stratified`: about equally many of every 2x2 patch.
     mode: Literal["random", "stratified"] = "random"
-    # Divide the span's change by the part of tokens that see it, so that its mean is as without
-    # routing.
+    # Divide the change that the span makes by the share of tokens that pass through it, so that the
+    # mean change is as without routing.
     rescale: bool = False
 
     def __post_init__(self):
@@ -49,8 +49,8 @@ class TreadConfig(Section):
             raise ConfigError("selection_rate", message)
 
     def span(self, depth: int) -> tuple[int, int]:
-        """First and end of the routed blocks in a model of `depth` blocks. ConfigError if there is
-        none."""
+        """Return the first block and the end of the span in a model of `depth` blocks. ConfigError
+        if it is empty or reaches outside."""
         first, end = (edge + depth if edge < 0 else edge for edge in self.apply_to)
         if not 0 <= first < end <= depth:
             written = list(self.apply_to)
@@ -62,12 +62,12 @@ class TreadConfig(Section):
 
 def draw_keep(config: TreadConfig, window: tuple[int, int], seed: int, step: int) -> Tensor:
     """Return the kept places `(K,)` of a window of `(height, width)`, ascending int64: a function
-    of `(seed, step)` alone, so that all ranks agree. K is the rounded part `1 - selection_rate`, at
-    least one."""
+    of `(seed, step)` alone, so that all ranks agree. K is `1 - selection_rate` of the places,
+    rounded, and at least one."""
     height, width = window
     generator = rng.generator(seed, "tread", step)
     order = torch.rand(height * width, generator=generator)
-    if config.mode == "stratified":  # a place's rank within its 2x2 patch comes first
+    if config.mode == "stratified":  # first, number the places of each 2x2 patch at random
         patch = (torch.arange(height)[:, None] // 2) * width + torch.arange(width) // 2
         patch = patch.flatten()
         before = (patch[:, None] == patch) & (order[:, None] > order)
@@ -79,8 +79,8 @@ def draw_keep(config: TreadConfig, window: tuple[int, int], seed: int, step: int
 def route(
     x: Tensor, keep: Tensor, span: Callable[[Tensor], Tensor], rescale: bool = False
 ) -> Tensor:
-    """Apply `span` to the tokens of `x (b, f, n, k, d)` at the places `keep (K,)`; the others pass
-    by. `span` maps `(b, f, n, K, d)` to itself."""
+    """Apply `span` to the tokens of `x (b, f, n, k, d)` at the places `keep (K,)`; the others stay
+    unchanged. `span` maps `(b, f, n, K, d)` to itself."""
     kept = x.index_select(3, keep)
     result = span(kept)
     if rescale:

@@ -56,7 +56,7 @@ MLPS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
 if TYPE_CHECKING:
     Chosen = int
 else:
-    Chosen = int | None  # null in YAML; a config that is made knows the number
+    Chosen = int | None  # null in YAML means the default; a config object holds the number
 UNSET: Any = None
 SUBLAYERS = 4
 
@@ -84,45 +84,47 @@ class VideoMMDiTConfig(ModelSection):
     spatial: tuple[Pattern, ...] = ("window", "shifted", "window", "frame")
     # Width of the MLP as a multiple of `dim`.
     mlp_ratio: float = 4.0
-    # The probability of leaving out an output of attention or MLP.
+    # The probability with which elements of the outputs of attention and MLP are set to zero in
+    # training.
     dropout: float = 0.0
     # The form of the MLP.
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     # Normalise queries and keys, which keeps attention stable.
     qk_norm: bool = True
-    # Number the frames. False makes them a set: the control that cannot tell left from right
-    # motion.
+    # Give the frames positions. False makes them a set: the control that cannot tell left from
+    # right motion.
     temporal_position: bool = True
-    # Tell each token its place and its frame together as well, by products of their features. The
-    # sign of a motion is learnt sooner (docs/results.md).
+    # Also tell each token its place and its frame together, by products of their features. The sign
+    # of a motion is learnt sooner (docs/results.md).
     joint_position: bool = False
-    # The distance of two frames in time. Stages that show the same seconds ever more finely keep
-    # one clock with it: 1 where every fifth frame is drawn is 0.2 where all are.
+    # The distance in time between two frames. Stages that show the same seconds at rising frame
+    # rates share one clock with it: 1 where every fifth frame is shown, 0.2 where all are.
     frame_step: float = 1.0
     # Let the mean of the caption's tokens enter the modulation, too.
     pooled_text: bool = True
-    # Tell the model which part of its picture each sample shows; drawn pictures are whole ones.
+    # Tell the model which part of its picture each sample shows; in sampling, that is the whole.
     crop: bool = False
-    # What the model is given of a whole clip: nothing, or the clip in `low_resolution`, which it
-    # redraws (`--refine` of `mmdit sample`). Caches must hold it: `tokenizer.low_resolution`.
+    # What the model is given of a whole clip: nothing, or a small version of the clip, which it
+    # redraws (`--refine` of `mmdit sample`). Caches must hold that: `tokenizer.low_resolution`.
     conditioning: Conditioning = "none"
-    # The largest noise level at which training gives the small clip. The model is told the level,
-    # and learns to mend what a small model drew wrong up to it.
+    # The highest noise level that the small clip gets in training. The model is told the level, and
+    # learns to redraw what such noise hides, mistakes of the small model included.
     augmentation: float = 0.5
-    # The type of the stream between blocks: float32, or that of autocast, which is half the
-    # traffic.
+    # The type of the residual stream between blocks: float32, or that of autocast, which halves the
+    # memory traffic.
     residual: Literal["float32", "autocast"] = "float32"
     # The type of the blocks' matrix products in training: that of `train.precision`, or float8,
     # which takes half the time.
     products: Literal["autocast", "float8"] = "autocast"
-    # Train the text encoder alone.
+    # Freeze the model, and train the text encoder alone.
     freeze: bool = False
     # Recompute blocks in the backward pass: less memory, up to a third more time.
     checkpointing: bool = False
     # With `checkpointing`, recompute every n-th block only: 2 saves half as much.
     checkpoint_every: int = 1
-    # Keep what blocks leave to the backward pass (with `checkpointing` their inputs) in the memory
-    # of the CPU; it comes back to the GPU while the block behind it computes.
+    # Keep the activations that blocks save for the backward pass (with `checkpointing`, their
+    # inputs) in the memory of the CPU; they return to the GPU while the block behind computes
+    # backward.
     offload_activations: bool = False
 
     def __post_init__(self):
@@ -228,9 +230,10 @@ class Block(nn.Module):
         places: Places,
         frames: Frames,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the stream after this block, in three parts as it comes: `x + gate · change`, `x`
-        and `change (b, f, n, k, d)`, or `x` alone. The sum is left to whoever takes its norm.
-        `modulation (b, 12, d)`; `text (b, t, d)` or its keys and values; `valid (b, t)`."""
+        """Return the residual stream after this block in three parts, `x`, `change` and `gate`,
+        whose sum `x + gate · change` is left to the layer that norms it next. The stream comes in
+        the same form, or as `x` alone. `x`, `change (b, f, n, k, d)`; `modulation (b, 12, d)`;
+        `text (b, t, d)` or its keys and values; `valid (b, t)`."""
         parts = rearrange(modulation + self.table, "b m d -> m b 1 1 1 d").unbind()
         space, motion, caption, mlp = (
             Modulation(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)
@@ -241,8 +244,8 @@ class Block(nn.Module):
             x, seen = add_norm(x, seen, space.gate, motion)
             x, seen = add_norm(x, self.temporal(seen, frames), motion.gate, caption)
         else:
-            # a single frame has no past; its gradient there is zero rather than missing, which DDP
-            # would wait for
+            # A single frame needs no attention along time. The gradients of these weights are then
+            # zero rather than missing: DDP would wait for them.
             zero = sum(weight.flatten()[:0].sum() for weight in self.temporal.parameters())
             x, seen = add_norm(x, seen, space.gate + zero, caption)
         x, seen = add_norm(x, self.cross(seen, text, valid), caption.gate, mlp)
@@ -286,8 +289,8 @@ class VideoMMDiT(Denoiser):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Uniform Xavier everywhere; zero where the network must start as nothing: modulation (so
-        gates too), frame numbers and output."""
+        """Draw matrices by uniform Xavier, and set to zero what must have no effect at the start:
+        modulation (and so the gates), frame numbers, crop, small clip and output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -306,11 +309,11 @@ class VideoMMDiT(Denoiser):
 
     @torch.no_grad()
     def number_frames(self, seed: int) -> None:
-        """Draw the weights of the frame numbers, zero until the first training on clips (pictures
-        have no use for them, and must leave every frame of a clip alike). From zero, or from
-        attention in time alone, training soon finds the axis of a motion, but its sign stays a
-        coin flip for thousands of steps: it depends on text, frame and place only together
-        (tests/test_motion.py)."""
+        """Draw the weights of the frame numbers, which are zero until the first training on clips
+        (pictures have no use for them, and must leave every frame of a clip alike). If they started
+        at zero then, or if there were attention along time alone, training would soon find the axis
+        of a motion, but its sign would stay a coin flip for thousands of steps: it depends on text,
+        frame and place only together (tests/test_motion.py)."""
         self.frame.draw(rng.generator(seed, "frame numbers"))
         if self.joint_position is not None:
             self.joint_position.draw(rng.generator(seed, "joint position"))
@@ -324,8 +327,8 @@ class VideoMMDiT(Denoiser):
         return not training or not (self.config.offload_activations or self.config.dropout)
 
     def _share(self, frames: int, grid: WindowGrid, keep: Tensor | None) -> Share | None:
-        """Return the part of this process in a clip; None: it computes everything, as it does where
-        a process would be left without a frame or a place (pictures)."""
+        """Return this process's share of a clip. None: it computes the whole clip, which it also
+        does if a process would be left without a frame or a place (pictures)."""
         places = math.prod(grid.counts) * (grid.places if keep is None else len(keep))
         if self.context is None or min(frames, places) < self.context.size:
             return None
@@ -341,8 +344,8 @@ class VideoMMDiT(Denoiser):
         return draw_keep(self.tread, (grid.height, grid.width), seed, step)
 
     def prepare(self, text: TextTokens) -> PreparedText:
-        """Return what is made of `text` alone, under the autocast of the calls that use it. Keys
-        and values are `2 · depth · b · t · d` numbers."""
+        """Return all that depends on `text` alone, under the autocast of the calls that will use
+        it. Keys and values are `2 · depth · b · t · d` numbers."""
         read = self._read(text)
         context = [
             block.cross.keys_values(tokens)
@@ -372,20 +375,20 @@ class VideoMMDiT(Denoiser):
         small_t: Tensor | None = None,
         place: Tensor | None = None,
     ) -> Tensor:
-        """`x (b, f, r, c, latent_channels)`, `t (b,)` in 0…1000, and captions, `prepare`d or not →
-        the prediction, shaped like `x`. `keep`: from `draw_keep`. `crop (b, 4)`: for `model.crop`,
-        see `CropEmbedding`; None is a whole picture. `small`, shaped like `x`, and `small_t (b,)`
-        in 0…1000: for `model.conditioning`, the small clip's latents, enlarged and noised to that
-        time. `place (b, 5)`: where in its clip each sample lies, see `diffusion.tiling`; None is a
-        whole clip. Of these three, fewer rows are for the samples in turn. ValueError if shapes do
-        not belong together."""
+        """Return the prediction, shaped like `x (b, f, r, c, latent_channels)`. `t (b,)`: times in
+        0…1000; `text`: captions, `prepare`d or not; `keep`: from `draw_keep`. `crop (b, 4)`: for
+        `model.crop`, see `CropEmbedding`; None is a whole picture. `small`, shaped like `x`, and
+        `small_t (b,)` in 0…1000: for `model.conditioning`, the small clip's latents, enlarged and
+        noised to that time. `place (b, 5)`: where in its clip each sample lies, see
+        `diffusion.tiling`; None is a whole clip. `small`, `small_t` and `place` may have fewer rows
+        than `x`, which are repeated. ValueError if shapes do not belong together."""
         self._check(x, t, len(text.valid))
         self._check_condition(x, small, small_t)
         grid = self.windows(*x.shape[2:4])
         exact = torch.promote_types(self.input.weight.dtype, torch.float32)
         with torch.autocast(
             x.device.type, enabled=False
-        ):  # a few vectors that steer everything: full precision
+        ):  # few vectors, which steer all tokens: in full precision
             time = self.time(t)
             if self.crop is not None:
                 whole = nn.functional.pad(t.new_zeros(1, 2), (0, 2), value=1.0)
@@ -425,8 +428,8 @@ class VideoMMDiT(Denoiser):
     def _where(
         self, x: Tensor, grid: WindowGrid, place: Tensor | None, exact: torch.dtype
     ) -> Tensor:
-        """Return what tells the tokens of `x (b, f, r, c, …)` their places: `(f or 1, n, k, d)`, or
-        `(b, f or 1, n, k, d)` for samples at `place`."""
+        """Return the embedding of the places and frames of the tokens of `x (b, f, r, c, …)`: `(f
+        or 1, n, k, d)`, or `(b, f or 1, n, k, d)` for samples at `place`."""
         frames, step, first = x.shape[1], self.config.frame_step, None
         at = coordinates(grid, x.device, exact)
         if place is not None:
@@ -449,7 +452,8 @@ class VideoMMDiT(Denoiser):
         text: PreparedText,
         share: Share | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the stream as `Block.forward` does, of the frames of this process."""
+        """Return the residual stream after all blocks, in the three parts of `Block.forward`; with
+        `share`, for the frames of this process."""
         if self.config.products == "float8" and self.training:
             kernels.warn_without_codes(x.device)
         table = (self.config.head_dim, x.device, exact)
@@ -460,7 +464,7 @@ class VideoMMDiT(Denoiser):
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
             step = self.config.frame_step if self.config.temporal_position else None
             count, places = x.shape[1], x.shape[2] * x.shape[3]
-            if share is not None:  # they meet along time: all frames of its share of the places
+            if share is not None:  # along time, attention sees all frames, here at a part of the places
                 count, places = share.length, share.part_of(places)
             frames = frame_tables(count, places, step, *table)._replace(share=share)
             change = gate = None
@@ -503,7 +507,7 @@ class VideoMMDiT(Denoiser):
     ) -> int:
         def weights(
             module: nn.Module, backward: bool = True
-        ) -> int:  # products a token: forward, gradients of input, weights
+        ) -> int:  # multiplications a token: forward, gradients of input and weights
             two_d = [weight for weight in module.parameters() if weight.ndim == 2]
             passes = 2 if backward else 1
             return sum(weight.numel() * (passes + weight.requires_grad) for weight in two_d)

@@ -1,9 +1,9 @@
 """The Wan 2.1 / 2.2 diffusion transformer (Wan Team 2025, arXiv 2503.20314), all variants, under
 the official names of modules.
 
-What the public weights mean, and where arithmetic is kept in float32, follows the official code.
-Where that wastes work there is an exact short cut: one row of modulation per distinct time rather
-than per token, and one key for all padding of a text.
+How the public weights are used, and where arithmetic is kept in float32, follows the official code.
+Where that code wastes work, an exact short cut replaces it: one row of modulation for each distinct
+time rather than for each token, and one key for all padding of a text.
 
 Axes: b sample · l token (f, h, w order, w fastest) · t text position · i image token · d width · u
 distinct time.
@@ -37,12 +37,12 @@ from mmdit.nn.context_parallel import Share
 from mmdit.nn.norm import upcast, working_dtype
 
 PATCH = (1, 2, 2)
-TI2V_CHANNELS = 48  # of the latents of the one model that takes a given first frame as it is
+TI2V_CHANNELS = 48  # of the latents of TI2V-5B, which takes a clean first latent frame
 Residual = Literal["float32", "autocast"]
 ROTARY_BASE = 10_000.0
 PRODUCTS = re.compile(
     r"(addmm|mm|bmm|_scaled_mm|_scaled_dot_product_\w+|wait_tensor)"
-)  # operators whose results are dear; the last one has what other processes sent
+)  # operators with expensive results; the last one waits for what other processes send
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class WanConfig:
 
     @property
     def variant(self) -> str:
-        """Return the public name of this architecture. Both experts of A14B have one, and so has
-        T2V-14B of 2.1, which has its shapes."""
+        """Return the public name of this architecture. The experts of T2V-A14B and T2V-14B of 2.1
+        have the same shapes, and so one name."""
         if self.image_dim:
             return "FLF2V-14B" if self.image_positions else "I2V-14B"
         known = {
@@ -81,7 +81,7 @@ class WanConfig:
 
 
 class RMSNorm(nn.Module):
-    """Over the whole width, all heads together, before they are split."""
+    """Norms over the whole width, all heads together, before they are split."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the adjacent pairs `(2i, 2i + 1)` of `x (b, h, l, d)`; tables `(l, d / 2)`."""
+    """Rotate the adjacent pairs `(2i, 2i + 1)` of `x (b, h, l, d)`; tables `(l, d / 2)`."""
     first, second = upcast(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack(
         [first * cosine - second * sine, first * sine + second * cosine], -1
@@ -106,8 +106,8 @@ def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def rotary_tables(
     frames: int, rows: int, columns: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `(frames · rows · columns, head_dim / 2)`: height and width turn `head_dim //
-    6` pairs each, time the rest; every axis has its own ladder of frequencies."""
+    """Return cosines and sines, each `(frames · rows · columns, head_dim / 2)` float32. Rows and
+    columns turn `head_dim // 6` pairs each, time the rest; every axis has its own frequencies."""
     with torch.inference_mode(False):
         side = 2 * (head_dim // 6)
         angles = []
@@ -127,13 +127,14 @@ def rotary_tables(
 
 
 def input_dtype(layers: nn.Sequential) -> torch.dtype:
-    """Return the type of the weights that the input of `layers` meets first."""
+    """Return the type of the weights of the first linear layer of `layers`."""
     first = next(layer for layer in layers if isinstance(layer, nn.Linear))
     return first.weight.dtype
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """`t (u,)` on 0 … 1000 → `(u, width)` float32, cosines before sines, computed in float64."""
+    """Return `(u, width)` float32 for `t (u,)` on 0 … 1000: cosines before sines, computed in
+    float64."""
     ladder = 10_000.0 ** (
         -torch.arange(width // 2, dtype=torch.float64, device=t.device) / (width // 2)
     )
@@ -160,8 +161,8 @@ class Attention(HeadedAttention):
 
 class SelfAttention(Attention):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], share: Share | None) -> Tensor:
-        """`x (b, l, d)`: of a clip that processes share the tokens of this one, which then attends
-        with some of the heads to all tokens."""
+        """Return attention from all tokens to all, for `x (b, l, d)`. If processes share the clip,
+        `x` holds the tokens of this one, which computes some of the heads for all tokens."""
         q, k, v = (
             self.heads(self.norm_q(self.q(x))),
             self.heads(self.norm_k(self.k(x))),
@@ -176,7 +177,8 @@ class SelfAttention(Attention):
 
 class CrossAttention(Attention):
     def forward(self, x: Tensor, text: Tensor, bias: Tensor | None, image: Tensor | None) -> Tensor:
-        """`text (b, t, d)` with `bias (b, 1, 1, t)` on its logits, `image (b, i, d)`."""
+        """Return attention to `text (b, t, d)` with `bias (b, 1, 1, t)` on its logits, plus that to
+        `image (b, i, d)`."""
         v = self.heads(self.v(text))
         q, k = (
             self.heads(self.norm_q(self.q(x))).to(v.dtype),
@@ -193,8 +195,8 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions are in float32,
-    whatever the stream is kept in; norm1, norm2 have no weights."""
+    """Self-attention, cross-attention (not modulated, not gated), MLP. Additions to the residual
+    stream are in float32, whatever type it has; norm1 and norm2 have no weights."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -210,8 +212,9 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
     def forward(self, *arguments) -> Tensor:
-        """Compute the block. Compiled for training it keeps what matrix products and attention gave
-        and computes the rest anew: a third less memory than what torch would keep."""
+        """Compute the block. When compiled for training, it saves only the results of matrix
+        products and attention, and recomputes the rest in the backward pass: a third less memory
+        than what torch would save."""
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             return checkpoint(
                 self.compute, *arguments, use_reentrant=False, context_fn=keep_products
@@ -229,7 +232,8 @@ class Block(nn.Module):
         image: Tensor | None,
         share: Share | None = None,
     ) -> Tensor:
-        """`x (b, l, d)`; `time (u, 6, d)` and `where (b, l)` (see `per_token`)."""
+        """Return the block's output for `x (b, l, d)`, `time (u, 6, d)` and `where (b, l)` (see
+        `per_token`)."""
         table = (upcast(self.modulation) + time).unbind(1)
         dtype = working_dtype(text)
         shift, scale, gate = (per_token(part, where) for part in table[:3])
@@ -244,8 +248,8 @@ class Block(nn.Module):
 
 
 def keep_products():
-    """Return what `checkpoint` asks for: torch's own list of costly operators (of
-    `aggressive_recomputation`) lacks cuDNN's attention."""
+    """Return the contexts with which `checkpoint` saves the results of PRODUCTS. Torch's own list
+    of costly operators (of `aggressive_recomputation`) lacks cuDNN's attention."""
 
     def policy(context, operator, *arguments, **more) -> CheckpointPolicy:
         dear = PRODUCTS.fullmatch(operator.overloadpacket.__name__)
@@ -255,8 +259,8 @@ def keep_products():
 
 
 class PreciseNorm(nn.LayerNorm):
-    """A layer norm in float32, whatever its weights are kept in: as CUDA's autocast computes it,
-    and a CPU's does not."""
+    """A layer norm that computes in float32, whatever type its weights have. CUDA's autocast does
+    so, a CPU's does not."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(
@@ -269,8 +273,8 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def per_token(part: Tensor, where: Tensor | None) -> Tensor:
-    """Rows of `part (u, d)` for each token: `(b, l, d)`; without `where` one row a sample, `(b, 1,
-    d)`."""
+    """Return for each token the row of `part (u, d)` that `where (b, l)` names: `(b, l, d)`.
+    Without `where` there is one row a sample, `(b, 1, d)`."""
     return part[:, None] if where is None else part[where]
 
 
@@ -289,8 +293,8 @@ class Head(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP states `(b, i, image_dim)` → `(b, i, dim)`; two pictures have a position table. Its
-    norms have torch's own epsilon, and its GELU is the exact one."""
+    """Turns CLIP states `(b, i, image_dim)` into tokens `(b, i, dim)`. A position table tells two
+    pictures apart. The norms have torch's own epsilon, and the GELU is the exact one."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -320,9 +324,10 @@ class WanDiT(Denoiser):
 
     `collapse_padding`: attend to one key with a logit bias of log n in place of n equal keys of
     text padding (exact). `checkpointing`: recompute blocks in the backward pass, every
-    `checkpoint_every`-th of them. `residual`: what the stream between blocks is kept in, float32 as
-    in the official code, or autocast's type as in Diffusers (half the traffic). The attribute
-    `offload_activations`: keep what blocks leave to the backward pass in the memory of the CPU.
+    `checkpoint_every`-th of them. `residual`: the type of the residual stream between blocks,
+    float32 as in the official code, or autocast's as in Diffusers (half the memory traffic). The
+    attribute `offload_activations`: keep the activations that blocks save for the backward pass in
+    the memory of the CPU.
     """
 
     exact_parts = (
@@ -339,8 +344,8 @@ class WanDiT(Denoiser):
     lora_targets = (
         "cross_attn.k",
         "cross_attn.v",
-    )  # what words mean, and no more: adapters' default
-    lora_only_if_named = ("self_attn",)  # adapters there change how every picture holds together
+    )  # the default of adapters: how text is read, and no more
+    lora_only_if_named = ("self_attn",)  # adapters in these change every picture as a whole
 
     def __init__(
         self,
@@ -401,7 +406,7 @@ class WanDiT(Denoiser):
         def weights(*parts: nn.Module) -> int:
             two_d: list[Tensor] = []
             for layer in chain(*(part.modules() for part in parts)):
-                if isinstance(layer, nn.Linear):  # whose weight may be made of parts
+                if isinstance(layer, nn.Linear):  # its weight may be made from other parameters
                     beside = layer.named_parameters(recurse=False)
                     two_d += [w for name, w in beside if w.ndim == 2 and name != "weight"]
                     two_d.append(layer.weight)
@@ -417,8 +422,8 @@ class WanDiT(Denoiser):
 
     @classmethod
     def stored_dtype(cls, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Return what a parameter is kept in when the model is asked for in `dtype`: the float32
-        islands of the official code stay."""
+        """Return the type in which the parameter `name` is stored when a model is asked for in
+        `dtype`: what the official code keeps in float32 stays so."""
         exact = any(part in name for part in cls.exact_parts)
         return torch.promote_types(dtype, torch.float32) if exact else dtype
 
@@ -430,11 +435,12 @@ class WanDiT(Denoiser):
         y: Tensor | None = None,
         clip: Tensor | None = None,
     ) -> Tensor:
-        """`x (b, c, f, h, w)` latents, `t (b,)` or one per token `(b, l)`, on 0 … 1000, `text (b,
-        t, text_dim)` zero after each prompt's end (shorter than `text_len` means padded to it), `y
-        (b, 20, f, h, w)` mask and picture latents of I2V, `clip (b, 257, 1280)` states, `(b, 514,
-        1280)` for FLF2V. Returns `(b, out_dim, f, h, w)` in the type of `x`. ValueError if shapes
-        do not belong together or to this variant."""
+        """Return the velocity `(b, out_dim, f, h, w)`, in the type of `x`. `x (b, c, f, h, w)`:
+        latents; `t (b,)`, or one per token `(b, l)`: times on 0 … 1000; `text (b, t, text_dim)`:
+        zero after each prompt's end, and shorter than `text_len` means padded to it; `y (b, 20, f,
+        h, w)`: mask and picture latents of I2V; `clip`: states of its picture, `(b, 257, 1280)`, or
+        `(b, 514, 1280)` for FLF2V. ValueError if shapes do not belong together or to this
+        variant."""
         config = self.config
         inputs = x if y is None else torch.cat([x, y.to(x)], 1)
         self._check(x, inputs, t, text, y, clip)
@@ -442,7 +448,7 @@ class WanDiT(Denoiser):
         with torch.autocast(device, enabled=False):
             tokens = self.patch_embedding(inputs.to(self.patch_embedding.weight.dtype))
             grid = tokens.shape[2:]
-            # In the order of its shape: what is added to a transposed stream is transposed, too.
+            # Contiguous, since sums with a transposed stream would be transposed, too.
             tokens = upcast(rearrange(tokens, "b d f h w -> b (f h w) d").contiguous())
             values, where = (t, None) if t.ndim == 1 else torch.unique(t, return_inverse=True)
             embedded = self.time_embedding(
@@ -475,8 +481,8 @@ class WanDiT(Denoiser):
         ).to(x.dtype)
 
     def _share(self, tokens: int) -> Share | None:
-        """Return the part of this process in a clip; None: it computes everything, as it does where
-        a process would be left without a token or a head."""
+        """Return this process's share of a clip. None: it computes the whole clip, which it also
+        does if a process would be left without a token or a head."""
         if self.context is None or min(tokens, self.config.num_heads) < self.context.size:
             return None
         return Share(self.context, tokens)
@@ -497,13 +503,13 @@ class WanDiT(Denoiser):
         )
         longest = (
             text.shape[1] if self.training else int(lengths.max())
-        )  # in training nothing waits, and shapes are few
+        )  # in training, do not wait for the device, and keep shapes few
         keys = F.pad(text[:, :longest], (0, 0, 0, 1))
         count = upcast(text.new_zeros(len(text))) + (length - lengths)
         coarse = count.log().bfloat16().to(count.dtype)  # no padding: log 0, nothing attends to it
         rest = torch.where(
             count > 0, coarse - count.log(), 0
-        )  # what bfloat16 cannot hold of the logarithm goes to the words
+        )  # the words take what rounding to bfloat16 took from the logarithm
         bias = rest[:, None].repeat(1, longest + 1)
         bias.masked_fill_(
             torch.arange(longest + 1, device=text.device) >= lengths[:, None], -math.inf

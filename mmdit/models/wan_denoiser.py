@@ -1,4 +1,4 @@
-"""A Wan transformer as this project's trainer and samplers call their networks.
+"""A Wan transformer with the interface that this project's trainer and samplers expect.
 
 Axes: b sample · f latent frame · r row · c column · d channel.
 """
@@ -34,31 +34,32 @@ class WanModelConfig(ModelSection):
     # Which network of a pair (A14B) is trained: `high` on the times t >= `boundary`, `low` below
     # it.
     expert: Literal["high", "low"] | None = None
-    # The time at which the pair changes over; null is as published, 0.875 for T2V-A14B and 0.9 for
+    # The time that divides the pair; null takes the published one, 0.875 for T2V-A14B and 0.9 for
     # I2V-A14B.
     boundary: float | None = None
-    # The share of the steps on clips whose first latent frame is given clean (TI2V-5B).
+    # The share of training steps on clips in which the first latent frame is given clean (TI2V-5B).
     first_frame: float = 0.0
-    # The type of the stored weights; less than float32 only for weights that adapters leave frozen.
-    # Of the others, the matrices of the blocks are in fewer bits, and the rest is bfloat16.
-    # float8: with one scale a row, or as an fp8_scaled file has them; int8: as large, with one
-    # scale a row; nf4: 4.5 bits a weight, 16 quantiles with a scale for each 64 weights.
+    # The type in which weights are stored; less than float32 only for weights that adapters leave
+    # frozen. With float8, int8 and nf4 only the matrices of the blocks have fewer bits, and the
+    # rest is bfloat16. float8: one scale a row, or those of an fp8_scaled file; int8: as large,
+    # with one scale a row; nf4: 4.5 bits a weight, 16 quantiles with a scale for each 64 weights.
     dtype: Literal["float32", "bfloat16", "float8", "int8", "nf4"] = "float32"
-    # The type of the blocks' matrix products in training: that of `train.precision`, or float8: the
-    # codes of `dtype: float8` times codes of the input, and of the gradient (GPUs from Ada and
-    # Hopper on). On other GPUs, and where nothing is trained, it is autocast.
+    # The type of the blocks' matrix products in training: that of `train.precision`, or float8,
+    # which multiplies the codes of `dtype: float8` by codes of the input and of the gradient (GPUs
+    # from Ada and Hopper on). On other GPUs, and outside training, autocast's type is used.
     products: Literal["autocast", "float8"] = "autocast"
-    # The type of the stream between blocks: float32, or that of autocast, which is half the
-    # traffic.
+    # The type of the residual stream between blocks: float32, or that of autocast, which halves the
+    # memory traffic.
     residual: Residual = "float32"
     # Recompute blocks in the backward pass: less memory, up to a third more time.
     checkpointing: bool = False
     # With `checkpointing`, recompute every n-th block only.
     checkpoint_every: int = 1
-    # Keep what blocks leave to the backward pass (with `checkpointing` their inputs) in the memory
-    # of the CPU; it comes back to the GPU while the block behind it computes.
+    # Keep the activations that blocks save for the backward pass (with `checkpointing`, their
+    # inputs) in the memory of the CPU; they return to the GPU while the block behind computes
+    # backward.
     offload_activations: bool = False
-    # Train the text encoder alone.
+    # Freeze the model, and train the text encoder alone.
     freeze: bool = False
 
     def __post_init__(self):
@@ -136,7 +137,8 @@ class WanModelConfig(ModelSection):
 
     @property
     def between(self) -> tuple[float, float]:
-        """Return the times of the expert, once its boundary is known (`expert_choice.resolved`)."""
+        """Return the range of times of the expert; its boundary must be known
+        (`expert_choice.resolved`)."""
         if self.expert is None:
             return 0.0, 1.0
         assert self.boundary is not None
@@ -169,9 +171,10 @@ class WanDenoiser(WanDiT):
         clip: Tensor | None = None,
         whole_times: bool = False,
     ) -> Tensor:
-        """`given`: so many first frames of `x` are clean, and their tokens are told t = 0. `y (1 or
-        b, f, r, c, 20)`: I2V's mask and picture; `clip (1 or b, i, d)`: states of it.
-        `whole_times`: timesteps are cut to whole numbers, as Wan's samplers do."""
+        """Return the velocity, shaped like `x`. The first `given` frames of `x` are clean, and
+        their tokens are told t = 0. `y (1 or b, f, r, c, 20)`: I2V's mask and picture latents;
+        `clip (1 or b, i, d)`: CLIP states of its picture. `whole_times`: round times down to whole
+        numbers, as Wan's samplers do."""
         if self.settings.products == "float8" and self.training:
             kernels.warn_without_codes(x.device)
         t = t.floor() if whole_times else t
@@ -201,7 +204,8 @@ class WanDenoiser(WanDiT):
         return {"whole_times": grid != "even"}
 
     def is_stored(self, name: str) -> bool:
-        """Return whether checkpoints hold this entry: what is not trained stays in the release."""
+        """Return whether checkpoints hold this entry: weights that are not trained stay in the
+        release."""
         return self.get_parameter(name).requires_grad
 
     def check_trainable(self, run: Any) -> None:

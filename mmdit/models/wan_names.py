@@ -1,5 +1,5 @@
-"""List what Diffusers calls the modules and parameters of a Wan transformer, one to one. Our names
-are the official ones."""
+"""Translate the names of the modules and parameters of a Wan transformer to those in Diffusers, one
+to one. Our names are the official ones."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ BLOCK_MODULES = {  # inside a block
 
 
 def diffusers_name(name: str) -> str:
-    """Return the Diffusers name of an official module (`blocks.3.ffn.0`, `blocks.3.ffn.net.0.proj`)
-    or parameter. KeyError: not Wan's, or a container of modules, which has no name there."""
+    """Return the Diffusers name (`blocks.3.ffn.net.0.proj`) of an official module
+    (`blocks.3.ffn.0`) or parameter. KeyError for a name that is not Wan's, or that of a mere
+    container of modules."""
     if name in PARAMETERS:
         return PARAMETERS[name]
     if name in MODULES:

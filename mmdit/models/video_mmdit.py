@@ -464,7 +464,7 @@ class VideoMMDiT(Denoiser):
         def run(x: Tensor, first: int, end: int, layouts: dict[Pattern, Places]):
             step = self.config.frame_step if self.config.temporal_position else None
             count, places = x.shape[1], x.shape[2] * x.shape[3]
-            if share is not None:  # along time, attention sees all frames, here at a part of the places
+            if share is not None:  # along time: all frames, at a part of the places
                 count, places = share.length, share.part_of(places)
             frames = frame_tables(count, places, step, *table)._replace(share=share)
             change = gate = None

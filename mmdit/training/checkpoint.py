@@ -1,5 +1,5 @@
 """Checkpoints: folders of safetensors files and one JSON, written under another name and renamed,
-so that the latest one is always whole.
+so that the latest one is always complete.
 
     checkpoints/step_00001000/
         model.safetensors       everything in the learner (denoiser, trained text encoder, adapters)
@@ -7,13 +7,13 @@ so that the latest one is always whole.
         optimizer.safetensors   moments, named after their parameters
         lora.safetensors        the adapters alone, when lora.enabled
         lora_<expert>.safetensors   those of one expert, under the names of a single model
-        signs.safetensors       of the adapters' last gradients, one bit a parameter
+        signs.safetensors       signs of the adapters' last gradients, one bit a parameter
         monitor.json            windows and means behind the metrics, phases of the alpha schedule
         checkpoint.json         step, config, latents, alphas, versions; size and CRC-32 of each
 
-Under FSDP the first three are folders of parts instead (`mmdit/training/memory/shards.py`); any
-number of processes reads either. An export (`mmdit.scripts.export`) is one safetensors file of the
-weights used for sampling, with the JSON in its metadata."""
+Under FSDP the first three are folders of parts instead (`mmdit/training/memory/shards.py`); either
+form can be read by any number of processes. An export (`mmdit.scripts.export`) is one safetensors
+file of the weights used for sampling, with the JSON in its metadata."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class Meta:
     config: dict
     spec: LatentSpec
     tokenizer: str  # fingerprint
-    alphas: dict = field(default_factory=dict)  # of adapters by layer, in force
+    alphas: dict = field(default_factory=dict)  # of the adapters, by layer, as in force
     origin: dict = field(
         default_factory=dict
-    )  # `source`, `crc32` and `data` of what it reads elsewhere (training/origin.py)
+    )  # `source`, `crc32` and `data` of weights that are read elsewhere (training/origin.py)
 
     def to_json(self, files: dict[str, list[int]] | None = None) -> str:
-        """Return it as JSON; with `files`, size and CRC-32 by name, also a CRC-32 of the rest of
-        the JSON."""
+        """Return the contents as JSON. `files`: the size and CRC-32 of each file; with it, the JSON
+        gets a CRC-32 of its other entries, too."""
         versions = {"mmdit": mmdit.__version__, "torch": torch.__version__}
         row = {"format": FORMAT, **asdict(self), "versions": versions}
         if files is not None:
@@ -113,7 +113,7 @@ def step_of(folder: Path) -> int:
 
 
 def _crc(row: dict) -> int:
-    """Return the CRC-32 of what a checkpoint.json says, without this number itself."""
+    """Return the CRC-32 of the contents of a checkpoint.json, without the entry `crc32`."""
     rest = {name: value for name, value in row.items() if name != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
@@ -127,9 +127,10 @@ def save(
     world: World = ALONE,
     notes: dict | None = None,
 ) -> Path:
-    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint;
-    every process must call. Older ones beyond `keep_last` are removed (0 keeps all), except
-    milestones, whose step `keep_every` divides.
+    """Write `files` (name without suffix → tensors) and `notes` (monitor.json) as one checkpoint,
+    and return its folder; every process must call. Older checkpoints beyond `keep_last` are removed
+    (0 keeps all), except milestones: those whose step is a multiple of `keep_every`. RunError if it
+    cannot be written.
     """
     final = folder_of(run_dir, meta.step)
     token = world.share(lambda: secrets.token_hex(4))
@@ -168,14 +169,15 @@ def save(
 
 
 def how_to_go_on(run_dir: Path) -> str:
-    """Return what to do after an error, for a person."""
+    """Return a sentence for a person that says how to continue after an error."""
     if complete(run_dir):
         return "Checkpoints are whole: continue with --resume"
     return "There is no checkpoint yet: start the run again"
 
 
 def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
-    """Sum up the files that a sharded save wrote, every process some of them."""
+    """Compute the check sums of the files that a sharded save wrote; each process takes some of
+    them."""
     parts = sorted(path for path in folder.glob("*/*") if path.is_file())
     sums = {
         path.relative_to(folder).as_posix(): Sum.of_file(path).as_json()
@@ -189,9 +191,9 @@ def _part_sums(folder: Path, world: World) -> dict[str, list[int]]:
 
 
 def _put(unfinished: Path, final: Path, token: str) -> None:
-    """Give a finished checkpoint its name. What stood there was damaged and passed over, and so
-    checkpoints of later steps are of an abandoned attempt. They get another name, for by the one
-    they have they would be taken for the newest."""
+    """Give a finished checkpoint its name. A checkpoint that already has it was damaged and passed
+    over, so checkpoints of later steps belong to an abandoned attempt. These are renamed, because
+    otherwise they would be taken for the newest."""
     old = final.with_name(f".removing-{final.name}-{token}")
     if final.exists():
         final.rename(old)
@@ -209,9 +211,9 @@ def _put(unfinished: Path, final: Path, token: str) -> None:
 
 
 def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None:
-    """Remove the checkpoints before the last `keep_last` whole ones up to `step` (0 keeps all) that
-    are no milestones. Damaged ones are no reason to remove a whole one, and the one of `step`
-    always stays."""
+    """Remove the checkpoints up to `step` that are older than the last `keep_last` whole ones (0
+    keeps all), except milestones. Damaged ones are not counted, so that they never cause a whole
+    one to be removed; the one of `step` always stays."""
     passing = [folder for folder in complete(run_dir) if step_of(folder) <= step]
     passing = [folder for folder in passing if not keep_every or step_of(folder) % keep_every]
     whole = [folder for folder in passing if step_of(folder) == step or not problem_of(folder, ())]
@@ -220,7 +222,7 @@ def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None
     for folder in passing[: passing.index(whole[-keep_last])]:
         gone = folder.with_name(f".removing-{folder.name}-{secrets.token_hex(4)}")
         try:
-            folder.rename(gone)  # first of all: half a checkpoint must not bear its name
+            folder.rename(gone)  # first, so that half a checkpoint never has this name
         except OSError as error:
             print(f"the old checkpoint {folder} cannot be removed: {error}", flush=True)
             continue
@@ -228,15 +230,15 @@ def prune(run_dir: Path, step: int, keep_last: int, keep_every: int = 0) -> None
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Remove what killed processes left among the checkpoints; only for who holds the lock of the
-    run."""
+    """Remove what killed processes left among the checkpoints. Only the holder of the run's lock
+    may call this."""
     for left in (run_dir / "checkpoints").glob(".*ing-step_*"):
         remove(left)
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """Return the finished checkpoints of a run, oldest first. One that is being written never has
-    such a name."""
+    """Return the finished checkpoints of a run, oldest first. A checkpoint that is being written
+    has another name."""
     return sorted(
         folder
         for folder in (run_dir / "checkpoints").glob("step_*")
@@ -245,9 +247,9 @@ def complete(run_dir: Path) -> list[Path]:
 
 
 def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:
-    """Return what is wrong with a checkpoint, or "". Names and sizes of all files are compared, and
-    the check sums of those whose names begin with one of `summed` (None: of all). One of an earlier
-    version, which keeps no sums, must open.
+    """Return what is wrong with a checkpoint, or "". The names and sizes of all files are compared,
+    and the check sums of the files whose names begin with one of `summed` (None: of all). A
+    checkpoint of an earlier version, which has no check sums, must open.
     """
     try:
         Meta.read(folder)
@@ -287,8 +289,8 @@ def _file_problem(path: Path, size: int, crc: int | None) -> str:
 
 
 def read_notes(folder: Path) -> dict | None:
-    """Read monitor.json; return None if there is none. ValueError if it is damaged or of another
-    step than the checkpoint."""
+    """Read monitor.json; return None if there is none. ValueError if it is damaged or belongs to
+    another step than the checkpoint."""
     path = folder / "monitor.json"
     try:
         notes = json.loads(read_text(path))
@@ -306,13 +308,14 @@ def read_notes(folder: Path) -> dict | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a `Stored`."""
+    """Return all tensors of the safetensors file `path` by name."""
     return dict(Stored(path))
 
 
 def latest(run_dir: Path, summed: tuple[str, ...] | None = ()) -> Path | None:
-    """Return the newest checkpoint that has no `problem_of`; damaged ones are named and passed
-    over. One that a training removes meanwhile, for it has a newer one, is no damaged one."""
+    """Return the newest checkpoint in which `problem_of` finds nothing; damaged ones are reported
+    and passed over. A checkpoint that a running training removes meanwhile does not count as
+    damaged: the search begins anew."""
     for _ in range(TRIES):
         vanished = False
         for folder in reversed(complete(run_dir)):
@@ -329,7 +332,7 @@ def latest(run_dir: Path, summed: tuple[str, ...] | None = ()) -> Path | None:
 
 
 def at_steps(run_dir: str | Path, steps: list[int]) -> list[Path]:
-    """Return the checkpoints of these steps of a run. ValueError: one of them is not kept."""
+    """Return the checkpoints of these steps of a run. ValueError if one of them is not kept."""
     kept = {step_of(folder): folder for folder in complete(Path(run_dir))}
     missing = [step for step in steps if step not in kept]
     if missing:
@@ -342,7 +345,7 @@ def at_steps(run_dir: str | Path, steps: list[int]) -> list[Path]:
 
 @dataclass
 class Weights:
-    """Weights for sampling or for starting another run."""
+    """Weights for sampling or for initialising another run."""
 
     meta: Meta
     tensors: Mapping[str, Tensor]  # names of the learner: model.*, text_encoder.*
@@ -350,16 +353,15 @@ class Weights:
 
 
 def newest(path: Path) -> Path | None:
-    """Return what `load_weights` would read: a file, a checkpoint folder, or the newest checkpoint
-    of a run folder."""
+    """Return what `load_weights` would read: the file or checkpoint folder `path` itself, or the
+    newest checkpoint of the run folder `path`."""
     return path if path.is_file() or (path / META).is_file() else latest(path, WEIGHTS)
 
 
 def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) -> Weights:
     """Load weights from a run folder (its latest checkpoint), a checkpoint folder, or an exported
-    file. With
-    `use_ema` the averaged parameters replace the raw ones where the checkpoint has them and
-    `ema.start_step` is past. `in_file`: tensors stay in their files until they are asked for."""
+    file. With `use_ema`, averaged parameters replace the raw ones if the checkpoint has them and is
+    past `ema.start_step`. With `in_file`, tensors stay in their files until they are asked for."""
     path = find(path)
     if path.is_file():
         remedy = "; give a run folder, a checkpoint folder or an exported .safetensors file"
@@ -395,7 +397,7 @@ def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) 
         folder = newest(path)
         try:
             return _of_folder(path, folder, use_ema, in_file)
-        except Exception:  # whatever a file that is gone is to who reads it
+        except Exception:  # files may vanish at any point of reading
             if folder in (None, path) or folder.exists():
                 raise
     raise ValueError(
@@ -405,7 +407,7 @@ def load_weights(path: str | Path, use_ema: bool = True, in_file: bool = False) 
 
 
 def _of_folder(path: Path, folder: Path | None, use_ema: bool, in_file: bool) -> Weights:
-    """Return the weights of the checkpoint `folder` that is the newest of `path`."""
+    """Return the weights of `folder`, the newest checkpoint at `path`."""
     if folder is not None and folder == path and (problem := problem_of(path, WEIGHTS)):
         raise ValueError(f"{path} is damaged: {problem}")
     if folder is None and path.name == "checkpoints" and newest(path.parent):
@@ -419,7 +421,7 @@ def _of_folder(path: Path, folder: Path | None, use_ema: bool, in_file: bool) ->
     files = [Stored(folder / "model.safetensors")]
     section = meta.config.get("ema")
     start = section.get("start_step") if isinstance(section, dict) else None
-    # An older version kept the initial weights as the average until then.
+    # Before that step, an older version kept the initial weights as the average.
     averaged = not isinstance(start, int) or meta.step > start
     if use_ema and averaged and any(folder.glob("ema*")):
         files.append(Stored(folder / "ema.safetensors"))
@@ -428,7 +430,8 @@ def _of_folder(path: Path, folder: Path | None, use_ema: bool, in_file: bool) ->
 
 
 def export_crc(text: str, tensors: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of an export: its config and the numbers in the order of their names."""
+    """Return the CRC-32 of an export: of its config and of its tensors in the order of their
+    names."""
     total = Sum()
     total.add(text.encode())
     for name in sorted(tensors):

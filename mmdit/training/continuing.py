@@ -1,5 +1,5 @@
-"""Continue a run, or begin one from another's weights: with another config, other processes, or as
-an older version left it."""
+"""Continue a run, or begin one from the weights of another: with a changed config, another number
+of processes, or from a checkpoint of an older version."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from mmdit.weights import check_numbers
 
 
 def facts(global_batch: int, processes: int, data: list[dict]) -> dict:
-    """Return what a checkpoint keeps of how its run saw the data. `data`: the `contents` of its
+    """Return what a checkpoint records of how its run saw the data. `data`: the `contents` of its
     sources."""
     return {"order": ORDER, "global_batch": global_batch, "processes": processes, "data": data}
 
 
 def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
-    """Return what to tell beside the changed keys: `old` and `new` configs (encoded), and the
-    `facts` stored and of now. ValueError: the change would give the stored weights another meaning
-    without a word."""
+    """Return lines to print beside the changed keys. `old`, `new`: the configs (encoded); `stored`,
+    `now`: the `facts` of the checkpoint and of this run. ValueError if the change would silently
+    give the stored weights another meaning."""
     _check_same_scale(old, new)
     lines = []
     if stored.get("order") != ORDER:
@@ -53,8 +53,8 @@ def what_changes(old: dict, new: dict, stored: dict, now: dict) -> list[str]:
 
 
 def _check_same_scale(old: dict, new: dict) -> None:
-    """Raise ValueError where the adapters of a run of the config `old` would count by another scale
-    in one of `new`."""
+    """Raise ValueError if adapters trained under the config `old` would be scaled differently under
+    `new`."""
     scaled, root = (bool((config.get("lora") or {}).get("rslora")) for config in (old, new))
     if new["lora"]["enabled"] and scaled != root:
         raise ValueError(
@@ -64,8 +64,8 @@ def _check_same_scale(old: dict, new: dict) -> None:
 
 
 def changes(old: dict, new: dict) -> list[str]:
-    """Return a line for each setting of the config `old` that is another one in `new`. ValueError:
-    adapters would count by another scale."""
+    """Return a line for each setting that differs between the configs `old` and `new`. ValueError
+    if adapters would be scaled differently."""
     _check_same_scale(old, new)
     return [
         f"{line} (only a new run heeds it)" if line.startswith("train.init_from:") else line
@@ -74,8 +74,8 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def other_data(before: list[dict], now: list[dict]) -> list[str]:
-    """Return a line for each source whose items are others than they were, wherever they lie;
-    sources that came or went are told as changed keys."""
+    """Return a line for each source whose items have changed, wherever they are stored. Sources
+    that were added or removed are reported as changed keys."""
     known, lines = {row["source"]: row for row in before}, []
     for row in now:
         old = known.get(row["source"])
@@ -101,8 +101,7 @@ def _product(config: dict, seen: dict) -> str:
 
 
 def trained_before(old: dict, new: dict) -> list[str]:
-    """Return a line if items that the run of `old` trained on are held out by `new` from the same
-    cache."""
+    """Return a line if `new` holds out items of the same cache that the run of `old` trained on."""
     trains = [config.get("train") or {} for config in (old, new)]
     (before, share), (after, other) = (
         (train.get("val_every_steps"), train.get("val_share")) for train in trains
@@ -118,7 +117,7 @@ def trained_before(old: dict, new: dict) -> list[str]:
 
 
 def kept_no_longer(old: dict, new: dict) -> list[str]:
-    """Return a line if checkpoints that the run of `old` kept are removed by that of `new`."""
+    """Return a line if the run of `new` will remove checkpoints that the run of `old` kept."""
     before, after = (config.get("train") or {} for config in (old, new))
     last, fewer = before.get("keep_last"), after.get("keep_last")
     every, other = before.get("keep_every_steps"), after.get("keep_every_steps")
@@ -132,8 +131,8 @@ def kept_no_longer(old: dict, new: dict) -> list[str]:
 
 
 def other_rate(old: dict, new: dict, step: int) -> list[str]:
-    """Return a line if the update after `step` has another learning rate than the config `old`
-    gives it: a finished cosine whose `max_steps` is raised rises again."""
+    """Return a line if the update after `step` has another learning rate than under the config
+    `old`: for example, a finished cosine rises again when `max_steps` is raised."""
     try:
         trains = [config_io.decode(TrainConfig, config["train"]) for config in (old, new)]
     except (config_io.ConfigError, KeyError):  # of an older version
@@ -148,8 +147,8 @@ def other_rate(old: dict, new: dict, step: int) -> list[str]:
 
 
 def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> list[str]:
-    """Take over the state of the checkpoint `folder`, whose config is `old`; return what to
-    tell a person."""
+    """Restore the state from the checkpoint `folder`, whose config is `old`; return lines to
+    print."""
     lines = what_changes(old, new, checkpoint.read_notes(folder) or {}, now)
     lines += state.restore(folder)
     lines += other_rate(old, new, state.step)
@@ -161,8 +160,8 @@ def go_on(state: TrainState, folder: Path, old: dict, new: dict, now: dict) -> l
 
 
 def number_frames(state: TrainState, seed: int) -> None:
-    """Draw the model's frame numbers, and set their average, at the first clips of a run that knew
-    pictures alone."""
+    """Draw the model's frame numbers, and set their average, at the first clips of a run that has
+    only seen pictures."""
     state.learner.model.number_frames(seed)
     if state.ema:
         for name, parameter in state.ema.parameters.items():
@@ -171,7 +170,7 @@ def number_frames(state: TrainState, seed: int) -> None:
 
 
 def drawn_frames(model: Denoiser, seed: int) -> dict[str, Tensor]:
-    """Have a new model draw its frame numbers; return them by name."""
+    """Have a new model draw its frame numbers; return the drawn weights by name."""
     zero = {
         name: p
         for name, p in model.named_parameters()
@@ -185,7 +184,8 @@ def drawn_frames(model: Denoiser, seed: int) -> dict[str, Tensor]:
 def number_shards(
     learner: Learner, ema: EMA | None, drawn: dict[str, Tensor], world: World
 ) -> None:
-    """Give a sharded model, and the average of it, the frame numbers `drawn` where it has none."""
+    """Copy the frame numbers `drawn` into a sharded model, and into its average, where theirs are
+    all zero."""
     for name, value in drawn.items():
         tensors = [learner.model.get_parameter(name).detach()]
         if ema:
@@ -197,8 +197,8 @@ def number_shards(
 
 
 def check_weights(learner: Learner) -> None:
-    """Raise ValueError naming the first weight that holds nan or infinity: every step from it would
-    be skipped."""
+    """Raise ValueError naming the first weight that holds nan or infinity: every step from such
+    weights would be skipped."""
     for name, value in learner.state_dict().items():
         if value.is_floating_point() and not isinstance(value, StoredWeight):
             check_numbers(name, local(value), "before the first step")
@@ -207,7 +207,8 @@ def check_weights(learner: Learner) -> None:
 def check_same_latents(
     meta: checkpoint.Meta, spec: LatentSpec, fingerprint: str, source: object
 ) -> None:
-    """Raise ValueError where weights and tokenizer are of different latents."""
+    """Raise ValueError if the weights of `source` were trained on other latents than the
+    tokenizer's."""
     if meta.tokenizer != fingerprint:
         raise ValueError(
             f"{source} was trained on latents of the tokenizer {meta.tokenizer[:16]}, the config"
@@ -221,8 +222,8 @@ def check_same_latents(
 
 
 def write_config(run_dir: Path, text: str, done: bool = False) -> None:
-    """Write config.yaml; an earlier one that a resume changes is kept under another name. `done`:
-    nothing will be run, and one that is there stays: it says what was."""
+    """Write config.yaml; a different earlier one is kept under another name. `done`: the run is
+    finished and nothing will be run, so an existing config stays, since it says what was run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
     if done and path.exists():

@@ -1,4 +1,4 @@
-"""Process groups through torchrun's environment; without it, one process. Nothing home-made."""
+"""Process groups, as torchrun's environment describes them; without it, one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from mmdit.nn import kernels
 from mmdit.nn.context_parallel import Context
 
 T = TypeVar("T")
-# beside a GPU: many-core machines lose milliseconds a step to waking threads for small copies
+# Beside a GPU: on machines with many cores, waking threads for small copies costs milliseconds a
+# step.
 CPU_THREADS = 4
 
 
@@ -35,9 +36,9 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     store: dist.Store | None = None  # shared by the processes of the job
-    group: dist.ProcessGroup | None = None  # in which they talk; None is the default one
+    group: dist.ProcessGroup | None = None  # of collectives; None is the default group
     context: Context | None = None  # the neighbours that share each clip with it; None: nobody
-    torchrun: tuple[str, ...] = ()  # what started the job: see `torchrun_names`
+    torchrun: tuple[str, ...] = ()  # names of what started the job, see `torchrun_names`
 
     @property
     def is_main(self) -> bool:
@@ -50,12 +51,14 @@ class World:
 
     @property
     def data_size(self) -> int:
-        """Return how many processes, or groups that share clips, see samples of their own."""
+        """Return how many processes see different samples; neighbours that share clips count as
+        one."""
         return self.size // self.context_size
 
     @property
     def data_rank(self) -> int:
-        """Return the place of this process, or of its group, among those of `data_size`."""
+        """Return the number of this process, or of its neighbours that share clips, among
+        `data_size`."""
         return self.rank // self.context_size
 
     def print(self, *words) -> None:
@@ -67,8 +70,8 @@ class World:
             dist.barrier(group=self.group)
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return on every rank what `make` gives on the main rank; where it raises there, every
-        rank raises."""
+        """Return on every rank what `make` returns on the main rank. If it raises there, every rank
+        raises."""
         if self.size == 1:
             return make()
         message: list = [None, ""]  # the value, or what went wrong
@@ -93,8 +96,8 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Return True on every rank when `flag` is true on any. Asked on the CPU: no rank waits for
-        its GPU, which has work queued."""
+        """Return True on every rank if `flag` is true on any. The flags are exchanged on the CPU,
+        so that no rank waits for the work queued on its GPU."""
         if self.size == 1:
             return flag
         votes = torch.tensor([float(flag)])
@@ -108,8 +111,8 @@ class World:
                 dist.all_reduce(tensor, group=self.group)
 
     def apart(self) -> World:
-        """Return the same processes with a group of their own, on the CPU: a thread can use it
-        beside the collectives of this one. Every process must call."""
+        """Return the same processes with a further group, on the CPU, which a thread can use at the
+        same time as this one. Every process must call."""
         if self.size == 1:
             return self
         group = dist.new_group(backend="gloo")
@@ -119,9 +122,10 @@ class World:
 
 def torchrun_names(processes: Callable[[str], list[str]] = lambda name: [name]) -> tuple[str, ...]:
     """Return the rendezvous id (`none` where the user gave none) and the names of the torchruns,
-    one a machine, that started the processes of this job; nothing without one. They stay the same
-    when torchrun starts its processes again, and are never those of another torchrun, whatever its
-    id. `processes`: gives the names of all processes' torchruns for that of this one."""
+    one a machine, that started the processes of this job; an empty tuple without torchrun. These
+    names stay the same when torchrun restarts its processes, and never equal those of another
+    torchrun, even one with the same id. `processes` maps the name of this process's torchrun to the
+    names of the torchruns of all processes."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
     if job is None:
         return ()
@@ -129,8 +133,9 @@ def torchrun_names(processes: Callable[[str], list[str]] = lambda name: [name]) 
 
 
 def _name_of(process: int) -> str:
-    """Return a name that no other process has: host and number are those of many where containers
-    begin to count at 1, so the moment it began, in ticks since the host started, belongs to it."""
+    """Return a name for a process that no other process has. Host and process number do not
+    suffice, since numbers repeat where containers count from 1: the time at which the process
+    began, in ticks since the host started, is added."""
     name = f"{socket.gethostname()}:{process}"
     try:
         stat = Path(f"/proc/{process}/stat").read_bytes()
@@ -142,7 +147,8 @@ def _name_of(process: int) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that exists here."""
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` names. ValueError if it does not
+    exist here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -161,14 +167,14 @@ def choose_device(name: str) -> torch.device:
             f"--device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs, from"
             " cuda:0 on"
         )
-    if "LOCAL_RANK" not in os.environ:  # under torchrun once this process has taken its own GPU
+    if "LOCAL_RANK" not in os.environ:  # under torchrun: later, with its GPU chosen
         kernels.check_device(device)
     return device
 
 
 def _end_with_parent() -> None:
-    """Ask this process to stop, as SIGTERM does, when its parent has gone: ranks of a torchrun that
-    was killed would train on, and the next start would meet them."""
+    """Send this process SIGTERM when its parent has ended. Otherwise the ranks of a killed torchrun
+    would train on, and interfere with the next start."""
     parent = os.getppid()
 
     def look() -> None:
@@ -181,8 +187,9 @@ def _end_with_parent() -> None:
 
 def _of_this_start(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
     """Return the part of `store` that belongs to the processes of this start. Torchrun gives a
-    restart the store of the start before, where a process would find the addresses of dead ones.
-    So each process asks under a name drawn anew, which rank 0 answers with a name for all."""
+    restart the store of the previous start, in which a process would find the addresses of dead
+    ones. So each process asks under a newly drawn name, and rank 0 answers with one name for
+    all."""
     mine, asked = secrets.token_hex(8), "start/asked/{}".format
     joined = "start/joined/{}/{}".format
     if rank > 0:
@@ -203,7 +210,8 @@ def _of_this_start(store: dist.Store, rank: int, size: int, timeout: timedelta) 
 
 
 def _context(rank: int, size: int, timeout: timedelta) -> Context | None:
-    """Return with whom the process `rank` shares clips, `size` neighbours; every one must call."""
+    """Return the `size` neighbours among which the process `rank` shares clips; None if `size` is
+    1. Every process must call."""
     if size == 1:
         return None
     group, _ = dist.new_subgroups(size, timeout=timeout)
@@ -212,8 +220,8 @@ def _context(rank: int, size: int, timeout: timedelta) -> Context | None:
 
 def place_in_job() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, as torchrun or another launcher
-    states them in the environment; without one (0, 1). ValueError: what is stated there cannot be,
-    and parts of the work would be left out."""
+    states them in the environment; (0, 1) without one. ValueError if the statements are impossible,
+    since parts of the work would be left out."""
     stated = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
     said = ", ".join(f"{name} is {value or 'not set'}" for name, value in stated.items())
     remedy = "start the processes with torchrun, or unset both"
@@ -231,10 +239,10 @@ def place_in_job() -> tuple[int, int]:
 def process_group(
     device_name: str = "auto", timeout_minutes: float = 30.0, context_parallel: int = 1
 ):
-    """Join the group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA); yields a
-    `World` and leaves the group at the end. A collective waits half as long again as
-    `timeout_minutes`: `training.watch` speaks first, and names who is missing. `context_parallel`:
-    so many neighbours share each clip.
+    """Join the process group that torchrun describes (gloo for tensors on a CPU, nccl on CUDA),
+    yield a `World`, and leave the group at the end. Collectives time out after 1.5 times
+    `timeout_minutes`, so that `training.watch` reports first and names the missing ranks.
+    `context_parallel`: how many neighbours share each clip.
     """
     device, (_, size) = choose_device(device_name), place_in_job()
     if size % context_parallel:

@@ -14,14 +14,14 @@ from mmdit.training.memory.shards import holding, local
 
 @dataclass(frozen=True)
 class EMAConfig(Section):
-    """The section `ema:`. The n-th decay is (1 + n) / (10 + n) while that is less than `decay`: a
-    short run is no average of its first steps."""
+    """The section `ema:`. The n-th update has the decay (1 + n) / (10 + n) while that is less than
+    `decay`, so that the first steps of a short run do not dominate its average."""
 
     # Keep a moving average of the trained weights.
     enabled: bool = True
-    # How much of the average stays at an update.
+    # The share of the average that an update keeps.
     decay: float = 0.999
-    # Update at every n-th step.
+    # Update after every n-th step.
     update_every: int = 1
     # Up to this step the average is the weights themselves.
     start_step: int = 0
@@ -36,9 +36,9 @@ class EMAConfig(Section):
 
 
 class EMA:
-    """`shadow` holds one float32 tensor per trainable parameter, by the module's own names and
-    sharded like it. Who asks for the average (samples, validation, exports, other runs) asks at any
-    step: until something was averaged it is the weights.
+    """Keeps the average: `shadow` holds one float32 tensor per trainable parameter, by the module's
+    own names and sharded like it. Samples, validation, exports and other runs may read it at any
+    step: up to `start_step` it equals the weights.
     """
 
     def __init__(self, config: EMAConfig, module: nn.Module):
@@ -47,8 +47,8 @@ class EMA:
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     def updates(self, step: int) -> int:
-        """Return how often the average has moved when optimizer step `step` (counted from 1) is
-        done."""
+        """Return how many updates the average has had after optimizer step `step` (counted from
+        1)."""
         every = self.config.update_every
         return max(0, step // every - self.config.start_step // every)
 
@@ -59,8 +59,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
-        """Move the average after optimizer step `step`; parameters whose names begin with a
-        `resting` prefix had no part in it."""
+        """Update the average after optimizer step `step`. Parameters whose names begin with a
+        `resting` prefix had no part in the step, and their average stays."""
         if self.updates(step) and step % self.config.update_every:
             return
         names = [name for name in self.parameters if not name.startswith(resting)]
@@ -74,5 +74,5 @@ class EMA:
                 shadow.lerp_(weight.float(), share)
 
     def applied(self) -> AbstractContextManager[None]:
-        """Have the parameters of the module hold the average inside the `with` block."""
+        """Return a context within which the parameters of the module hold the average."""
         return holding(self.parameters, self.shadow)

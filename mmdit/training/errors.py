@@ -1,5 +1,5 @@
-"""Name and record what stops a run although nobody wrote anything wrong: a full disk, a loss that
-is no number, a lost process."""
+"""Report and record failures that are nobody's mistake: a full disk, a loss that is not finite, a
+lost process."""
 
 import contextlib
 import json
@@ -15,16 +15,17 @@ class RunError(RuntimeError):
 
 
 class StepsSkipped(RunError):
-    """Too many steps had no finite loss or gradient: what came before is worth more than what is
-    now."""
+    """Raised when too many steps had no finite loss or gradient, and the earlier weights are worth
+    more than the current ones."""
 
 
 def record_failure(
     run_dir: Path, what: str, step: int, rank: int, error: BaseException, **facts
 ) -> Path:
-    """Write `failures/<what>_<step>_<rank>.json`: what is needed to repeat a step, which is a
-    function of (config, seed, step), from the nearest checkpoint before it. `step` counts finished
-    steps, as in checkpoints. Never raises: the disk may have failed."""
+    """Write `failures/<what>_<step>_<rank>.json` with what is needed to repeat a step from the
+    nearest checkpoint before it: a step is a function of (config, seed, step). `step` counts
+    finished steps, as in checkpoints. A failed write is ignored, since the disk may be the
+    cause."""
     path = run_dir / "failures" / f"{what}_{step:08d}_{rank}.json"
     row = {
         "kind": what,

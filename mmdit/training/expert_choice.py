@@ -1,5 +1,5 @@
-"""Which of two experts is meant, and where the boundary between them lies: one place that resolves
-`--expert` for every command that can mean one, and says which it took. `config` is an
+"""Decide which of two experts a command means, and where the boundary between them lies. Every
+command that takes `--expert` resolves it here, and prints which expert it took. `config` is an
 experiment's."""
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from mmdit.interfaces import Denoiser
 from mmdit.interop.wan_release import published_boundary
 from mmdit.training.pipeline import Pipeline
 
-USUAL_BOUNDARY = 0.875  # between two experts of a model that no release gives one
+USUAL_BOUNDARY = 0.875  # between two experts of a model without a published one
 
 
 def resolved(config):
-    """Return `config` with a number for the boundary between two experts where it leaves that to
-    the release. ConfigError: the release cannot be read."""
+    """Return `config` with a number as the boundary between two experts; where it names none, that
+    of the release is taken. ConfigError if the release cannot be read."""
     model, experts = config.model, config.experts
     if not (experts.enabled or model.expert):
         return config
@@ -40,8 +40,8 @@ def _published_boundary(config) -> float:
 
 
 def expert_notes(config) -> list[str]:
-    """Return what is said of a release's experts before a run of a resolved `config`: who is
-    trained, and a boundary that is not the published one."""
+    """Return the lines about a release's experts to print before a run of a resolved `config`:
+    which expert is trained, and a boundary that differs from the published one."""
     model = config.model
     if not model.released or not (config.experts.enabled or model.expert):
         return []
@@ -58,8 +58,8 @@ def expert_notes(config) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """`name`: of the expert, None for a model that is no pair. `said`: a line to print, empty
-    without a choice."""
+    """`name`: of the expert, None for a model that is not a pair. `said`: a line to print, empty if
+    there was no choice."""
 
     name: str | None
     network: Denoiser
@@ -67,21 +67,21 @@ class Choice:
 
 
 def trained_experts(config) -> tuple[str, ...]:
-    """Return the names of the experts that a run of the experiment's `config` trains; none: it has
-    one network."""
+    """Return the names of the experts that a run of the experiment's `config` trains; an empty
+    tuple if it has one network."""
     if config.experts.enabled:
         return config.experts.trained
     return (config.model.expert,) if config.model.expert else ()
 
 
 def experts_of(pipeline: Pipeline) -> dict[str, Denoiser]:
-    """Return both experts of a pair by name; empty for a model that is none."""
+    """Return both experts of a pair by name; an empty dict for a model that is not a pair."""
     return {name: network for name, network in pipeline.model.networks().items() if name}
 
 
 def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object) -> Choice:
-    """Return the expert that `asked` names, else the one that was trained, else the high-noise one.
-    ValueError: an expert is asked of what is no pair."""
+    """Return the expert that `asked` names; without it the one that was trained, and the high-noise
+    one if that does not decide. ValueError if an expert is asked of a model that is not a pair."""
     experts = experts_of(pipeline)
     if not experts:
         if asked:
@@ -102,15 +102,15 @@ def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object)
 
 
 def joint_choice(pipeline: Pipeline, config, asked: str | None, source: object) -> Choice:
-    """Return what `choose_expert` does, but both experts of a pair on one base if none is `asked`
-    for: a release's experts have a file each, these share one."""
+    """Return what `choose_expert` does, except that a pair on one base is returned as a whole if no
+    expert is `asked` for. (A release has a file for each expert; such a pair has one for both.)"""
     if asked or config.model.released:
         return choose_expert(pipeline, config, asked, source)
     return Choice(None, pipeline.model)
 
 
 def describe_pair(pipeline: Pipeline, config) -> str:
-    """Return what a pair draws with; empty for a model that is none."""
+    """Return a description of the pair that draws; empty for a model that is not a pair."""
     if not experts_of(pipeline):
         return ""
     boundary = config.experts.boundary if config.experts.enabled else config.model.boundary

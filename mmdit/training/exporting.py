@@ -1,4 +1,4 @@
-"""Write the weights of a run as one file to hand on; `checkpoint.load_weights` reads it."""
+"""Write the weights of a run as one file to share; `checkpoint.load_weights` reads it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmdit.weights import check_numbers, is_finite, tensor_pieces
 
 
 def export(weights: Weights, path: Path, dtype: torch.dtype) -> None:
-    """Write one file with the weights in `dtype` and the config in its metadata. ValueError: a
-    weight is no finite number, or too large for `dtype`."""
+    """Write one file with the weights in `dtype` and the config in its metadata. ValueError if a
+    weight is not finite or too large for `dtype`; RunError if the file cannot be written."""
     tensors = {}
     for name, tensor in weights.tensors.items():
         if name.startswith("text_encoder.") and not tensor.is_floating_point():  # positions

@@ -1,5 +1,5 @@
-"""Put denoiser and text encoder under one objective: this is what is trained, and the module that
-DDP wraps."""
+"""Denoiser, text encoder and objective as one module: this is what is trained, and what DDP
+wraps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from mmdit.rng import Draws
 from mmdit.training.graphs.training_graphs import Replays, suits
 from mmdit.training.memory.shards import gathers_weights
 
-# Compiled blocks see 32, 64, 96 … text tokens, the model's null token among them, so that few
-# graphs are compiled; replayed ones see 16, 32, 48 …: such a graph is made in a second.
+# Texts are padded to 32, 64, 96 … tokens for compiled blocks, with the model's null token among
+# them, so that few graphs are compiled; for replayed steps, whose graphs are made in a second, to
+# 16, 32, 48 ….
 COMPILED_STEP, REPLAYED_STEP = 32, 16
-# Kinds of compiled blocks: windows or whole frames, pictures or clips, each bucket, each length of
-# text.
+# Compiled variants of a block: windows or whole frames, pictures or clips, each bucket, each length
+# of text.
 GRAPHS = 64
 
 
 def beyond_graphs(table: list[dict], compiles: bool | str) -> str:
-    """Return a line for a run that has more sizes (rows of `BatchPlan.table`) than its blocks are
-    compiled for; empty if it has not. Each size takes a graph with windows and one with whole
+    """Return a line for a run that has more sizes (rows of `BatchPlan.table`) than blocks are
+    compiled for; "" if it has not. Each size takes two graphs, one with windows and one with whole
     frames."""
     sizes = {(*row["grid"], row["steps"]) for row in table}
     if compiles is False or 2 * len(sizes) <= GRAPHS:
@@ -56,7 +57,7 @@ class Learner(nn.Module):
         self.model, self.text_encoder = model, text_encoder
         self.objective, self.spec, self.caption_dropout = objective, spec, caption_dropout
         self.experts = experts  # then `model` is an `nn.experts.Experts`
-        # cached latents → those of the clips, further inputs
+        # (cached latents, draws) → latents of the clips, further inputs
         self.conditions: Callable[[Tensor, Draws], tuple[Tensor, dict]] | None = None
         self.compiled = False
         self.replays: Replays | None = None
@@ -64,38 +65,38 @@ class Learner(nn.Module):
         self._flops: dict[tuple, int] = {}
 
     def compile_model(self, backend: str | Callable = "inductor") -> None:
-        """Compile the blocks (all of one structure share a graph), for training: sampling asks for
-        eager, as its shapes vary. Without a working compiler torch warns once and the blocks run as
-        they are."""
+        """Compile the blocks for training; all blocks of one structure share a graph. (Sampling
+        runs in `eager`, since its shapes vary.) Without a working compiler torch warns once, and
+        the blocks run uncompiled."""
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = (
-            GRAPHS  # beyond it blocks would silently run as they are
+            GRAPHS  # beyond it, blocks would silently run uncompiled
         )
         self.compiled = True
         for block in self.model.blocks:
             if gathers_weights(block):
-                # its hooks gather and free weights around what is compiled
+                # its hooks, which gather and free weights, must run around the compiled part
                 whole: Any = block
                 whole.forward = torch.compile(whole.forward, dynamic=False, backend=backend)
             else:
                 block.compile(dynamic=False, backend=backend)
 
     def eager(self) -> AbstractContextManager:
-        """Return a context in which compiled blocks run as they are."""
+        """Return a context in which compiled blocks run uncompiled."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def replay_model(self) -> None:
-        """Have the steps of a small network replayed as CUDA graphs, on CUDA."""
+        """Replay the steps of a small network as CUDA graphs from now on, on CUDA."""
         self.replays = Replays(self.model) if suits(self.model) else None
 
     @property
     def sharded(self) -> bool:
-        """Return whether the denoiser is cut over processes, which then compute every call
+        """Return whether the denoiser is sharded, so that all processes must make every call
         together."""
         return gathers_weights(self.model)
 
     def parts(self) -> dict[str, Denoiser]:
-        """Return the networks that are trained, by the name of the expert; one alone is ""."""
+        """Return the trained networks by the name of the expert; a single one has the name ""."""
         networks = self.model.networks()
         return {name: networks[name] for name in self.experts.trained} if self.experts else networks
 
@@ -105,8 +106,8 @@ class Learner(nn.Module):
         return tuple(f"model.{name}." for name in self.parts() if name != expert)
 
     def is_stored(self, name: str) -> bool:
-        """Return whether a checkpoint holds this entry of the state: frozen foreign weights stay
-        where they were loaded from."""
+        """Return whether a checkpoint holds this entry of the state; frozen foreign weights are
+        read again from where they came."""
         part, _, inner = name.partition(".")
         network = self.model if part == "model" else self.text_encoder
         return network.is_stored(inner)
@@ -126,11 +127,11 @@ class Learner(nn.Module):
         expert: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return `(losses (b,), t (b,))`, float32, for raw `latents (b, F, H, W, C)`. `keep`: from
-        `Denoiser.draw_keep`; `crops (b, 4)`: for a model with `model.crop`; `places (b, 5)`:
-        where tiles lie; `expert`: draw its times alone."""
+        `Denoiser.draw_keep`; `crops (b, 4)`: for a model with `model.crop`; `places (b, 5)`: where
+        tiles lie; `expert`: the expert to train, at times of its own."""
         text = self.text_encoder(captions)
         self.text_tokens = text.valid.shape[1]
-        if self.compiled or self.replays:  # few lengths, few graphs; padding changes nothing
+        if self.compiled or self.replays:  # few lengths, so few graphs; padding changes nothing
             step = COMPILED_STEP if self.compiled else REPLAYED_STEP
             text = text.pad(math.ceil((1 + text.valid.shape[1]) / step) * step - 1)
         if self.caption_dropout and self.training:
@@ -154,8 +155,8 @@ class Learner(nn.Module):
         return parts.per_sample, parts.t
 
     def train_flops(self, grid: tuple[int, int, int], keep: Tensor | None) -> int:
-        """Return the operations of the denoiser for one sample of `grid` (frames, rows, columns)
-        with captions as in the last batch; see `Denoiser.train_flops`."""
+        """Return the number of operations of the denoiser for one sample of `grid` (frames, rows,
+        columns) with captions as long as in the last batch; see `Denoiser.train_flops`."""
         shape = (grid, self.text_tokens, None if keep is None else len(keep))
         if shape not in self._flops:
             self._flops[shape] = self.model.train_flops(*shape)

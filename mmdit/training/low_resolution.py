@@ -1,6 +1,6 @@
-"""The small clip that a model of super-resolution is given: noised to a level that it is told
-(conditioning augmentation, Ho et al. 2021, Cascaded Diffusion Models, section 4). Errors of the
-first model that are fainter than the noise are drawn anew.
+"""Prepare the small clip that a super-resolution model is given: noised to a level that the model
+is told (conditioning augmentation, Ho et al. 2021, Cascaded Diffusion Models, section 4). Errors of
+the first model that are fainter than the noise are drawn anew.
 
 Axes: b sample · f frame · r row · c column · d channel.
 """
@@ -15,12 +15,13 @@ from torch import Tensor
 from mmdit.interfaces import LatentSpec
 from mmdit.rng import Draws
 
-TIME_SCALE = 1000.0  # of the level, as networks get it
+TIME_SCALE = 1000.0  # by which levels are multiplied for networks
 
 
 def noised(small: Tensor, level: Tensor, draws: Draws) -> dict[str, Tensor]:
-    """Return the further inputs of a network for the normalised latents `small (b, f, r, c, d)` of
-    small clips, enlarged, at the noise `level (b,)`: 0 is none, 1 is noise alone."""
+    """Return the further inputs of a network, `small` and `small_t`. `small (b, f, r, c, d)`: the
+    normalised latents of the enlarged small clips; `level (b,)`: the level of the noise that they
+    get, from 0 (none) to 1 (noise alone)."""
     noise = draws.normal("augmentation", *small.shape[1:])
     share = level.to(small).view(-1, 1, 1, 1, 1)
     return {"small": (1 - share) * small + share * noise, "small_t": TIME_SCALE * level.float()}
@@ -28,8 +29,8 @@ def noised(small: Tensor, level: Tensor, draws: Draws) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class SmallClips:
-    """What training takes from a cache made by `tokenizers.with_low_resolution`. `augmentation`:
-    the largest noise level of the small clips; None: the model is not given them."""
+    """Splits the latents of a cache made by `tokenizers.with_low_resolution`. `augmentation`: the
+    highest noise level of the small clips; None if the model is not given them."""
 
     spec: LatentSpec
     augmentation: float | None

@@ -1,5 +1,5 @@
-"""Pixels to files: captioned contact sheets (PNG), MP4 when PyAV is installed, animated PNG
-otherwise."""
+"""Write pixels to files: captioned contact sheets (PNG), MP4 if PyAV is installed, otherwise
+animated PNG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mmdit.files import open_atomically, open_regular
 from mmdit.pixels import to_shown
 
-SHEET_FRAMES, SHEET_LINES = 8, 12  # of a clip, of a caption
+SHEET_FRAMES, SHEET_LINES = 8, 12  # frames of a clip, lines of a caption
 FACTS = "mmdit"  # the name under which a PNG keeps how it was made
 SHEET_SAMPLES, SHEET_PIXELS = 256, 100_000_000  # of a sheet, at most
 
@@ -30,7 +30,8 @@ def _image(frame: Tensor) -> Image.Image:
 
 
 def _pieces(draw: ImageDraw.ImageDraw, word: str, font, width: int) -> list[str]:
-    """Return a word in pieces that fit into `width`: names of files have no spaces."""
+    """Return a word in pieces that fit into `width` pixels: file names, for example, have no
+    spaces."""
     length = draw.textlength(word, font=font)
     if length <= width:
         return [word]
@@ -54,12 +55,12 @@ def _lines(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
 
 
 def enlargement(height: int, width: int, cell: int = 128) -> int:
-    """Return by how much a small picture is enlarged on a sheet."""
+    """Return the factor by which a small picture is enlarged on a sheet."""
     return max(1, round(cell / min(height, width)))
 
 
 def sheet_holds(width: int, height: int, frames: int) -> int:
-    """Return how many samples of this size a contact sheet holds: it must fit into memory, and
+    """Return how many samples of this size a contact sheet holds, so that it fits into memory and
     into a viewer."""
     scale = enlargement(height, width)
     cell = (width * scale + 2) * min(frames, SHEET_FRAMES) * (height * scale + 15 * SHEET_LINES)
@@ -75,9 +76,8 @@ def sheet_strip(clip: Tensor) -> Tensor:
 def contact_sheet(
     pixels: Tensor, captions: list[str], columns: int, cell: int = 128
 ) -> Image.Image:
-    """Draw `pixels (B, F, 3, H, W)`, one captioned cell a sample, as many as a sheet holds; clips
-    show as strips of up to
-    SHEET_FRAMES of their frames."""
+    """Draw `pixels (B, F, 3, H, W)`, one captioned cell a sample, as many as a sheet holds; a clip
+    is shown as a strip of up to SHEET_FRAMES of its frames."""
     held = sheet_holds(pixels.shape[-1], pixels.shape[-2], pixels.shape[1])
     captions, clips = captions[:held], torch.stack([sheet_strip(clip) for clip in pixels[:held]])
     shown = range(clips.shape[1])
@@ -110,7 +110,7 @@ def contact_sheet(
 
 
 def _png_text(facts: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
-    """Return `facts` as the text that is written into a PNG, or no text."""
+    """Return `facts` in the form in which a PNG stores text; empty without facts."""
     text = PngImagePlugin.PngInfo()
     if facts:
         text.add_itxt(FACTS, json.dumps(facts, ensure_ascii=False))
@@ -118,13 +118,14 @@ def _png_text(facts: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
 
 
 def save_sheet(drawn: list[tuple[Tensor, str]], columns: int, path: Path) -> Path:
-    """Write samples `(F, 3, H, W)` with their captions as a contact sheet; return where."""
+    """Write samples `(F, 3, H, W)` with their captions as a contact sheet; return its path."""
     pixels, captions = zip(*drawn, strict=True)
     return save_image(contact_sheet(torch.stack(pixels), list(captions), columns), path)
 
 
 def save_image(image: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> Path:
-    """Write a PNG, which appears when it is whole; `facts` say inside it how it was made."""
+    """Write a PNG, which appears under its name only when it is complete. `facts` are stored in it
+    and say how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_atomically(path) as file:
         image.save(file, format="PNG", pnginfo=_png_text(facts))
@@ -132,8 +133,8 @@ def save_image(image: Image.Image, path: Path, facts: Mapping[str, Any] | None =
 
 
 def words_in(path: Path) -> Iterator[str]:
-    """Yield what a picture (PNG, WebP) or a clip (MP4) that was made here says beside its pixels.
-    ValueError: PyAV is missing, or too many pixels; OSError: it is damaged."""
+    """Yield the texts that a picture (PNG, WebP) or clip (MP4) holds beside its pixels. ValueError
+    if PyAV is missing or there are too many pixels; OSError if the file is damaged."""
     if path.suffix.lower() == ".mp4":
         try:
             import av
@@ -145,7 +146,7 @@ def words_in(path: Path) -> Iterator[str]:
         return
     try:
         with Image.open(path, formats=["PNG", "WEBP"]) as image:
-            image.load()  # a PNG may say more behind its pixels
+            image.load()  # a PNG may hold texts behind its pixels
             said = list(image.info.values())
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from None
@@ -154,8 +155,8 @@ def words_in(path: Path) -> Iterator[str]:
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """Return what a PNG or MP4 that `save_sample` wrote says of how it was made. ValueError: it is
-    none, or says nothing."""
+    """Return the facts that `save_sample` stored in a PNG or MP4. ValueError if the file cannot be
+    read or holds none."""
     path = Path(path)
     try:
         if path.suffix.lower() == ".mp4":
@@ -165,7 +166,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
                 text = container.metadata.get("comment")
         else:
             with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
-                image.load()  # text may stand behind the pixels
+                image.load()  # texts may stand behind the pixels
                 text = getattr(image, "text", {}).get(FACTS)
         facts = json.loads(text) if text else None
     except ImportError:
@@ -181,13 +182,13 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 def save_video(clip: Tensor, path: Path, fps: int, facts: Mapping[str, Any] | None = None) -> Path:
-    """Write `clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); where PyAV or its H.264 is
-    missing, or a side is odd, an animated PNG stands beside that name instead. `facts` say inside
-    it how it was made. Returns the path that was written. OSError names what could not be
+    """Write `clip (F, 3, H, W)` in [0, 1] to `path` (.mp4, H.264); return the path that was
+    written. If PyAV or its H.264 is missing, or a side is odd, write an animated PNG of that name
+    instead. `facts` are stored in the file and say how it was made. OSError names what could not be
     written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = to_shown(clip)
-    if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the colours' grid
+    if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the grid of colours
         path = path.with_suffix(".png")
         first, *rest = map(_image, frames)
         with open_atomically(path) as file:
@@ -209,7 +210,7 @@ def save_video(clip: Tensor, path: Path, fps: int, facts: Mapping[str, Any] | No
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[-2:], "yuv420p"
         stream.options = {"crf": "12"}
-        colours = stream.codec_context  # BT.709, and said: else players guess by the size
+        colours = stream.codec_context  # BT.709, stated: otherwise players guess by the size
         colours.colorspace = colours.color_primaries = colours.color_trc = 1
         for frame in frames:
             picture = av.VideoFrame.from_image(_image(frame))
@@ -228,15 +229,16 @@ def save_sample(clip: Tensor, stem: Path, fps: int, facts: Mapping[str, Any] | N
 
 
 def read_back(path: Path) -> Tensor:
-    """Read `(F, 3, H, W)` uint8 from what `save_sample` wrote; of a video as H.264 kept it."""
+    """Read `(F, 3, H, W)` uint8 from a file that `save_sample` wrote; a video comes as H.264 stored
+    it."""
     frames = [np.array(frame) for frame in read_frames(path)[0]]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def read_frames(path: Path) -> tuple[list[Image.Image], float]:
-    """Return the frames of a picture, a sheet or a clip that this module wrote, and the seconds
-    that they play. OSError, SyntaxError or ImportError: it cannot be read here; ValueError: it
-    is empty."""
+    """Return the frames of a picture, a sheet or a clip that this module wrote, and its duration in
+    seconds. OSError, SyntaxError or ImportError if it cannot be read here; ValueError if it is
+    empty."""
     if path.suffix == ".mp4":
         import av
 
@@ -254,16 +256,16 @@ def read_frames(path: Path) -> tuple[list[Image.Image], float]:
 
 
 def some_frames(path: Path, most: int) -> tuple[list[Image.Image], float]:
-    """Return up to `most` frames of a sample, evenly chosen, and the seconds that it plays; errors
-    as in `read_frames`."""
+    """Return up to `most` frames of a sample, evenly chosen, and its duration in seconds; errors as
+    in `read_frames`."""
     frames, seconds = read_frames(path)
     places = np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)
     return [frames[place] for place in places], seconds
 
 
 def as_webp(frames: list[Image.Image], side: int, duration: int) -> bytes:
-    """Return frames as WebP, their longer side at most `side`; several as an animation whose frames
-    last `duration` milliseconds."""
+    """Return frames as WebP with a longer side of at most `side`; several frames become an
+    animation that shows each for `duration` milliseconds."""
     scale = min(1.0, side / max(frames[0].size))
     width, height = (max(1, round(length * scale)) for length in frames[0].size)
     small = [frame if scale == 1 else frame.resize((width, height)) for frame in frames]
@@ -285,7 +287,7 @@ def h264() -> bool:
 
 
 def grid_video(pixels: Tensor, columns: int) -> Tensor:
-    """Lay `(B, F, 3, H, W)` clips side by side as one clip `(F, 3, rows·H, columns·W)`."""
+    """Arrange clips `(B, F, 3, H, W)` in a grid, as one clip `(F, 3, rows·H, columns·W)`."""
     columns = max(1, min(columns, len(pixels)))
     white = pixels.new_ones(-len(pixels) % columns, *pixels.shape[1:])
     padded = torch.cat([pixels, white])

@@ -1,4 +1,5 @@
-"""metrics.jsonl, which a tracker is told of as well, and one readable line per report."""
+"""Write metrics.jsonl, from which a tracker gets its figures as well, and one readable line per
+report."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from mmdit.files import read_text, write_atomically
 from mmdit.training.errors import RunError
 from mmdit.training.trackers import Tracker
 
-SLOW = 1.5  # times the median of the others: slower than they ever are among each other
+SLOW = 1.5  # times the median of the others; healthy ranks never differ by so much
 
 
 def clock(seconds: float) -> str:
@@ -27,16 +28,15 @@ def clock(seconds: float) -> str:
 
 
 def json_line(record: dict) -> str:
-    """Return a record as a line of JSON, which has no other word than null for what is no finite
-    number."""
+    """Return a record as a line of JSON, with null for numbers that are not finite."""
     odd = {k: None for k, v in record.items() if isinstance(v, float) and not isfinite(v)}
     return json.dumps(record | odd) + "\n"
 
 
 class MetricsLog:
-    """Appends one JSON object a line, with strictly increasing steps: lines after `from_step` (of a
-    run that was killed after its last checkpoint) and a torn last line are dropped when the file is
-    opened."""
+    """Appends one JSON object a line, with strictly increasing steps. When the file is opened,
+    lines after `from_step` (of a run that was killed after its last checkpoint) and a torn last
+    line are dropped."""
 
     def __init__(self, run_dir: Path, from_step: int, tracker: Tracker | None = None):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,8 @@ class MetricsLog:
 
 
 class Timer:
-    """Seconds since the last report, and how many of them went into waiting for data."""
+    """Measures the seconds since the last report, and how many of them went into waiting for
+    data."""
 
     def __init__(self):
         self.start = self.last = time.perf_counter()
@@ -105,8 +106,8 @@ class Timer:
 
 
 class ForwardTimer:
-    """Seconds of forward passes, measured on their device without waiting for it. Copies of a model
-    do not wait for each other there, as they do in the backward pass."""
+    """Measures the seconds of forward passes on their device, without waiting for it. Unlike in the
+    backward pass, copies of a model do not wait for each other there."""
 
     def __init__(self, device: torch.device):
         self.seconds = 0.0
@@ -115,7 +116,7 @@ class ForwardTimer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Add the time of the block."""
+        """Add the time that the block takes."""
         begin = time.perf_counter()
         if self.is_cuda:
             self.events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
@@ -127,7 +128,7 @@ class ForwardTimer:
             self.seconds += time.perf_counter() - begin
 
     def read(self) -> float:
-        """Return the seconds so far. It waits for the device."""
+        """Return the seconds so far. This waits for the device."""
         for begin, end in self.events:
             end.synchronize()
             self.seconds += begin.elapsed_time(end) * 1e-3
@@ -136,8 +137,8 @@ class ForwardTimer:
 
 
 def slow_rank(seconds: list[float], step: float) -> int | None:
-    """Return the rank for which the others wait, if there is one. `seconds` by rank: of a step,
-    those in which it waits for no other; `step`: those of a whole step."""
+    """Return the rank for which all others wait, or None. `seconds`: by rank, those of a step in
+    which it does not wait for other ranks; `step`: those of a whole step."""
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     others = statistics.median(seconds[:slowest] + seconds[slowest + 1 :])
     lost = seconds[slowest] - others

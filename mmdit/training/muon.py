@@ -1,5 +1,4 @@
-"""Muon (Jordan et al. 2024) for many matrices at once, and for matrices that are cut over
-processes."""
+"""Muon (Jordan et al. 2024) for many matrices at once, and for sharded matrices."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ from torch import Tensor, nn
 
 from mmdit.training.memory.shards import local, place, whole
 
-AT_ONCE = 2**26  # elements of the matrices that are stepped together, which bounds the memory
+AT_ONCE = 2**26  # elements of the matrices that are updated together, which bounds the memory
 
 
 class StackedMuon(torch.optim.Muon):
-    """Step all matrices of a shape together.
+    """Updates all matrices of one shape together.
 
     The updates are those of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` (Liu et al.
-    2025, 2502.16982, eq. 4), up to rounding. That one launches some thirty kernels for each matrix,
-    and a block has over ten, each too small for a GPU. As in torch's fused AdamW, `found_inf` (1 or
-    0, on the device; None: 0) leaves weights and momenta alone for a step, and `grad_scale` divides
-    the gradients.
+    2025, 2502.16982, eq. 4), up to rounding. Torch launches some thirty kernels for each matrix,
+    and a block has over ten matrices, each too small for a GPU. As in torch's fused AdamW,
+    `found_inf` (1 or 0, on the device; None: 0) leaves weights and momenta unchanged in a step, and
+    `grad_scale` divides the gradients.
     """
 
     found_inf: Tensor | None = None
@@ -39,7 +38,7 @@ class StackedMuon(torch.optim.Muon):
                     self._step_equal(matrices[first : first + count], group)
 
     def _step_equal(self, matrices: list[Tensor], group: dict) -> None:
-        """Step matrices of one shape by the settings of `group`."""
+        """Update matrices of one shape with the settings of `group`."""
         for p in matrices:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -51,7 +50,7 @@ class StackedMuon(torch.optim.Muon):
         before = torch.stack(momenta)
         momentum = before.lerp(gradient, 1 - group["momentum"])
         update = orthogonalize(gradient.lerp_(momentum, group["momentum"]), group["ns_steps"])
-        # A rate on the device is read at each replay of a graph, a number is not.
+        # A replayed graph reads a rate on the device anew; a Python number would be fixed in it.
         lr = group["lr"]
         lr = lr if isinstance(lr, Tensor) else torch.full((), lr, device=gradient.device)
         update = update.to(gradient.dtype) * (lr * (0.2 * math.sqrt(max(gradient.shape[1:]))))
@@ -67,9 +66,9 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Return `matrices (n, rows, columns)` with singular values near 1 (0.7 … 1.2), by `steps` of
-    the Newton-Schulz iteration of Jordan et al. (2024), whose three coefficients pull small
-    singular values up fastest; in bfloat16, or on a CPU in float32, for many CPUs have no
+    """Return `matrices (n, rows, columns)` with all singular values near 1 (0.7 … 1.2), by `steps`
+    of the Newton-Schulz iteration of Jordan et al. (2024), whose three coefficients raise small
+    singular values fastest. It computes in bfloat16; on a CPU in float32, because many CPUs have no
     instructions for bfloat16 and take twenty times as long."""
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -85,9 +84,8 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 class GatheredMuon(StackedMuon):
-    """Muon for matrices that are cut over processes. An update is one of the whole matrix: each is
-    gathered in its turn, with its gradient and momentum, every process computes the same, and
-    keeps its part."""
+    """Muon for sharded matrices. An update needs the whole matrix: each matrix is gathered in turn,
+    with its gradient and momentum, every process computes the same update, and keeps its part."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -1,5 +1,5 @@
-"""AdamW and Muon with decay on matrices only, and a learning rate that is a pure function of the
-step."""
+"""AdamW and Muon with weight decay on matrices only, and a learning rate that is a pure function of
+the step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdit.training.memory.lean import Parking, SplitAdamW, in_chunks
 from mmdit.training.memory.shards import is_sharded, local, place
 from mmdit.training.muon import GatheredMuon, StackedMuon
 
-# adamw8bit: no longer trained with, but configs of old runs, which are still sampled, name it.
+# adamw8bit can no longer be trained with, but old runs, which can still be sampled, name it.
 OptimizerName = Literal["adamw", "muon", "adamw8bit"]
 
 
@@ -33,7 +33,7 @@ class LearningRate:
     max_steps: int
 
     def at(self, step: int) -> float:
-        """Return the rate for the update that makes step `step` (counted from 1)."""
+        """Return the rate of the update that completes step `step` (counted from 1)."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         if self.schedule == "constant":
@@ -43,10 +43,11 @@ class LearningRate:
 
 
 class Optimizer:
-    """AdamW for all parameters, or Muon for the matrices and AdamW for the rest, stepped as one.
+    """AdamW for all parameters, or Muon for the matrices and AdamW for the rest, used as one
+    optimizer.
 
-    `found_inf` (1 or 0, on the device) leaves parameters and moments alone for a step; `scale`
-    multiplies its gradients. With `offload` the moments wait in the memory of the CPU.
+    `found_inf` (1 or 0, on the device) leaves parameters and moments unchanged in a step; `scale`
+    multiplies its gradients. With `offload`, the moments are kept in the memory of the CPU.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer, offload: bool = False):
@@ -65,24 +66,26 @@ class Optimizer:
     @property
     def state(self) -> dict[Any, dict[str, Tensor]]:
         if self.parking and torch.cuda.is_available():
-            torch.cuda.synchronize()  # moments may still be on their way
+            torch.cuda.synchronize()  # moments may still be on their way to the CPU
         return {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
     def set_lr(self, lr: float) -> None:
-        """Set the rates, which float32 can hold, so that a rate on the device is the same."""
+        """Set the learning rates, rounded to float32, so that a rate held on the device is the
+        same."""
         for group in self.param_groups:
             rate = struct.unpack("f", struct.pack("f", lr * group["lr_scale"]))[0]
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
     def hold_rates(self) -> None:
-        """Keep the rates on the device of the weights, where graphs read them."""
+        """Hold the learning rates on the device of the weights, where graphs can read them."""
         for group in self.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
 
     def step(self) -> None:
         for part in self.parts:
             if isinstance(part, (torch.optim.AdamW, StackedMuon)):
-                # They look at found_inf and divide on the device, in their one pass.
+                # These look at found_inf and divide by grad_scale on the device, in their single
+                # pass.
                 guarded: Any = part
                 guarded.found_inf = self.found_inf
                 guarded.grad_scale = None if self.scale is None else 1 / self.scale
@@ -103,9 +106,9 @@ class Optimizer:
 
     @torch.no_grad()
     def rescale(self, parameter: nn.Parameter, ratio: float) -> None:
-        """Follow a parameter that was multiplied by `ratio`: its gradients, and so its first
-        moments, are multiplied by the inverse, its second moments by the square of that, and what
-        rounding took from it by `ratio` itself."""
+        """Adapt the state of a parameter that was multiplied by `ratio`: gradients, and so first
+        moments, are multiplied by the inverse, second moments by its square, and the rounding
+        remainder (`rest`) by `ratio` itself."""
         factors = {
             "exp_avg": ratio**-1,
             "momentum_buffer": ratio**-1,
@@ -117,8 +120,8 @@ class Optimizer:
                 value.mul_(factors[name])
 
     def restore(self, parameter: nn.Parameter, stored: dict[str, Tensor]) -> None:
-        """Take over the state of a parameter, by the names of `optimizer_tensors`. ValueError: it
-        is of another optimizer, precision or shape."""
+        """Take over the state of a parameter, by the names of `optimizer_tensors`. ValueError if it
+        belongs to another optimizer, precision or shape."""
         part = self.part_of[parameter]
         shapes = _state_shapes(part, parameter)
         if stored.keys() != shapes.keys():
@@ -150,7 +153,7 @@ def _gradients(groups: list[dict]) -> list[Tensor]:
 
 
 def _state_shapes(part: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Size]:
-    """Return the shapes of what an optimizer keeps of a parameter that it has stepped."""
+    """Return the shapes of the state that an optimizer has for a parameter after a step."""
     if isinstance(part, torch.optim.Muon):
         return {"momentum_buffer": parameter.shape}
     names = ["exp_avg", "exp_avg_sq"]
@@ -169,12 +172,12 @@ def build_optimizer(
 ) -> Optimizer:
     """Build the optimizer of the trainable parameters of `module`.
 
-    Vectors (biases, norm gains) and what a submodule's `undecayed()` names are not decayed: they
-    are offsets, and shrinking them is no regularisation. Muon (Jordan et al. 2024) gets what
-    `matrices()` names, and its updates are as large as AdamW's (Liu et al. 2025, 2502.16982, eq.
-    4), so that one learning rate is right for both. The rate of a group is the run's times the
-    `lr_scale` of its submodule. Weights in bfloat16 get `SplitAdamW`.
-    ConfigError: there is nothing to train, or nothing for Muon.
+    Vectors (biases, norm gains) and the parameters in `undecayed()` of a submodule get no weight
+    decay: they are offsets, and shrinking them does not regularise. Muon (Jordan et al. 2024) gets
+    the parameters in `matrices()`. Its updates are as large as AdamW's (Liu et al. 2025,
+    2502.16982, eq. 4), so that one learning rate suits both. The rate of a group is the run's times
+    the `lr_scale` of its submodule. Weights in bfloat16 get `SplitAdamW`. ConfigError if there is
+    nothing to train, or nothing for Muon.
     """
     if name == "adamw8bit":
         raise ConfigError(
@@ -237,19 +240,19 @@ def _adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimi
 
 
 def clip_and_guard(optimizer: Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Have the next step clip the global gradient norm (0 = no clipping); return `(norm, skipped)`
+    """Make the next step clip the global gradient norm (0 = no clipping); return `(norm, skipped)`
     on the device, without waiting for it.
 
-    When the norm is not finite the optimizer leaves parameters and moments alone for this step
-    (`found_inf`, the mechanism of gradient scaling), so that one bad batch costs one step and
-    nothing else.
+    If the norm is not finite, the optimizer leaves parameters and moments unchanged in this step
+    (`found_inf`, the mechanism of gradient scaling), so that a bad batch costs one step and nothing
+    else.
     """
     gradients = _gradients(optimizer.param_groups)
     norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
     first = next(iter(gradients), None)
     if first is not None and is_sharded(first):
-        # All of them are, and each element is in one process of those that cut the weights among
-        # themselves: the last dimension of the mesh.
+        # All gradients are sharded then. Their elements are distributed over the last dimension of
+        # the mesh; the other one, if any, holds copies.
         square, mesh = norm.square(), first.device_mesh
         torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
         norm = square.sqrt()
@@ -277,9 +280,10 @@ def load_optimizer_tensors(
     tensors: Mapping[str, Tensor],
     groups: tuple[str, ...] = (),
 ) -> None:
-    """Take over what `optimizer_tensors` gave. Every stored name must belong to a trainable
-    parameter and the other way round, except that all parameters whose names begin with one of
-    `groups` (an expert that has not trained yet) may have nothing stored.
+    """Take over what `optimizer_tensors` returned. Every stored name must belong to a trainable
+    parameter, and every trainable parameter must have a stored state. The exceptions are groups of
+    parameters, given by the prefixes `groups` of their names, of which nothing is stored: experts
+    that have not been trained yet.
     """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     stored: dict[str, list[str]] = {}
@@ -295,7 +299,7 @@ def load_optimizer_tensors(
             f" names, first {odd[0]!r}: resume with the config that wrote it, or start a new run"
             " with train.init_from"
         )
-    for name, parts in stored.items():  # read one parameter at a time, they may be many gigabytes
+    for name, parts in stored.items():  # one parameter at a time, since they may be many gigabytes
         state = {part: tensors[f"{name}::{part}"] for part in parts}
         try:
             optimizer.restore(parameters[name], state)

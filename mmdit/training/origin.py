@@ -1,6 +1,6 @@
-"""Sums of what a resume reads again outside its run: frozen weights, the model that post-training
-began from, prompts. One stands in each checkpoint, and another one is refused. And the sum by which
-weights are known."""
+"""Check sums of what a resume reads from outside its run: frozen weights, the model from which
+post-training began, prompts. Each checkpoint holds one, and a resume with another one is refused.
+Also the check sum by which weights are identified."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mmdit.weights import bytes_of, header_of
 
 
 def identity(source: Path) -> int | None:
-    """Return the check sum by which the weights of a checkpoint folder or an export are known from
-    others; None if there is none, as of older versions and of other weights."""
+    """Return the check sum that identifies the weights of a checkpoint folder or an export; None
+    for those of older versions and for other files, which have none."""
     if source.is_file():
         crc = header_of(source).get("crc32")
         return None if crc is None else int(crc)
@@ -44,8 +44,8 @@ def frozen_elsewhere(learner: Learner) -> dict[str, Tensor]:
 
 
 def check_origin(meta: Meta, origin: dict, folder: Path) -> None:
-    """Raise ValueError if a run would go on with other foreign weights than it began with.
-    Checkpoints of earlier versions say nothing of them."""
+    """Raise ValueError if a run would continue with other foreign weights than it began with.
+    Checkpoints of earlier versions do not record them."""
     before, now = meta.origin.get("crc32"), origin.get("crc32")
     if before is None or before == now:
         return

@@ -1,5 +1,5 @@
-"""Lay a learner on several processes: copied (DDP), or cut into shards (FSDP2) when it does not
-fit."""
+"""Distribute a learner over several processes: as copies (DDP), or in shards (FSDP2) when it does
+not fit."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory.lean import to_bfloat16
 
-# MB of gradients that are reduced at a time, while the backward pass goes on. A reduction keeps
-# processors from the products beside it, whose kernels count on all of them, and each costs the
-# same: few, where they are over soon (NVLink).
+# MB of gradients that are reduced at a time while the backward pass goes on. A reduction occupies
+# GPU processors that the matrix products beside it expect to have, and each reduction has the same
+# cost: so few large ones are better where they are fast (NVLink).
 FEW_LARGE, MANY_SMALL = 400, 25
 FAST = 60.0  # GB/s; an all-reduce over NVLink reaches 200, over PCIe 5 … 25
 
@@ -36,16 +36,16 @@ class ParallelConfig(Section):
     """The section `parallel:`. Each type reads the checkpoints of the other."""
 
     # `ddp`: every process holds everything. `fsdp`: weights, gradients, averages and moments are
-    # cut over the processes, and a block is gathered while it computes.
+    # sharded over the processes, and a block is gathered while it computes.
     type: Literal["ddp", "fsdp"] = "ddp"
-    # Under fsdp, so many neighbouring processes, those of a machine, cut the weights among
-    # themselves; between such groups only gradients travel. 0: all processes are one group.
+    # Under fsdp, the number of neighbouring processes, those of a machine, over which weights are
+    # sharded; between such groups only gradients travel. 0: all processes are one group.
     shard_over: int = 0
-    # The type in which gradients travel and add up. bfloat16 is half the traffic, and rounds each
-    # process's gradient and their mean to 8 bits.
+    # The type in which gradients travel and are summed. bfloat16 halves the traffic, and rounds
+    # each process's gradient and their mean to 8 bits.
     reduce: Literal["float32", "bfloat16"] = "float32"
-    # So many neighbouring processes share each clip, for clips that do not fit on one: each
-    # computes some of it. A step then sees `batch_size` x `grad_accum_steps` x processes / this.
+    # The number of neighbouring processes that share each clip, for clips that do not fit on one:
+    # each computes a part. A step then sees `batch_size` x `grad_accum_steps` x processes / this.
     context_parallel: int = 1
 
     def __post_init__(self):
@@ -53,7 +53,7 @@ class ParallelConfig(Section):
         least(self, 1, "context_parallel")
 
     def check(self, run: Any) -> None:
-        """Refuse shards of what must be whole, and clips that cannot be shared."""
+        """Refuse to shard what must be whole, and to share clips that are too short."""
         self._check_clips(run)
         if self.type != "fsdp":
             if self.shard_over:
@@ -105,11 +105,12 @@ def shard(
     pure_bf16: bool = False,
     further: Iterable[Denoiser] = (),
 ) -> None:
-    """Cut the denoiser, a trained text encoder and `further` networks over all processes, block by
-    block, onto `world.device`; in place. Of weights that were left in their files a process reads a
-    block at a time and keeps its part; `pure_bf16` casts each block before. A frozen encoder stays
-    whole: it computes captions that its process has not met, so processes call it differently
-    often, and a shard that one of them gathers alone would wait for the others for ever."""
+    """Shard the denoiser, a trained text encoder and `further` networks over all processes, block
+    by block, onto `world.device`; in place. Of weights that are still in files, a process reads a
+    block at a time and keeps its part; with `pure_bf16` each block is cast before. A frozen text
+    encoder stays whole: it encodes only captions that are new to its process, so processes call it
+    a different number of times, and a process that gathers a shard alone would wait for the others
+    for ever."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -155,11 +156,12 @@ def shard(
 
 
 def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig()) -> nn.Module:
-    """Return what to call in training: gradients become means over all processes."""
+    """Return the module to call in training, with which gradients become means over all
+    processes."""
     if world.size == 1 or learner.sharded:
         return learner
     ids = [world.device.index] if world.device.type == "cuda" else None
-    # It would cut compiled blocks where a bucket is full.
+    # It would split compiled blocks where a bucket of gradients is full.
     torch._dynamo.config.optimize_ddp = False
     if learner.replays:
         learner.replays.direct = False  # gradients are exchanged as autograd brings them
@@ -181,8 +183,8 @@ def wrap(learner: Learner, world: World, config: ParallelConfig = ParallelConfig
 
 
 def exchange_rate(world: World) -> float:
-    """Measure the GB/s at which 64 MB of all processes add up, in the best try of the slowest one;
-    0 between CPUs."""
+    """Measure the rate, in GB/s, at which 64 MB of each process are summed over all, in the best
+    try of the slowest process; return 0 for processes on CPUs."""
     if world.device.type != "cuda":
         return 0.0
     probe = torch.zeros(2**24, device=world.device)
@@ -200,8 +202,8 @@ def exchange_rate(world: World) -> float:
 
 
 def accumulating(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Return the context of one of several micro-batches. Copies reduce gradients with the `last`
-    alone; shards with each, or every process would hold gradients for all."""
+    """Return the context for one of several micro-batches. Copies reduce gradients in the `last`
+    alone; shards in each one, because otherwise every process would hold the gradients of all."""
     if last or not isinstance(wrapped, DistributedDataParallel):
         return contextlib.nullcontext()
     return wrapped.no_sync()

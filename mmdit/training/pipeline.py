@@ -1,5 +1,5 @@
-"""From captions to pixels: text encoder → sampler → tokenizer. Used by previews, `sample`,
-`evaluate` and the quickstart alike."""
+"""From captions to pixels: text encoder → sampler → tokenizer. Previews, `sample`, `evaluate` and
+the quickstart all use it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from mmdit.training.low_resolution import noised
 from mmdit.training.memory.shards import local
 from mmdit.weights import is_finite
 
-TILE_TOKENS = 1 << 17  # of the tiles that are denoised together
+TILE_TOKENS = 1 << 17  # in the tiles that are denoised together
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to sample; `seed` and the index of a picture decide its noise, whatever the batch size.
-    `cfg_scale_low`: of the low-noise expert of a pair. `negative_prompt`: what guidance leads away
-    from, in place of the empty prompt.
+    """How to sample. `seed` and the number of a sample decide its noise, whatever the batch size.
+    `cfg_scale_low`: guidance of the low-noise expert of a pair, None: as `cfg_scale`.
+    `negative_prompt`: what guidance leads away from, in place of the empty prompt.
     """
 
     sampler: SamplerConfig = SamplerConfig()
@@ -75,7 +75,7 @@ class SampleSettings:
 
     @staticmethod
     def of(train) -> SampleSettings:
-        """Return the settings of the `train.sample_*` keys."""
+        """Return the settings that the keys `train.sample_*` give."""
         return SampleSettings(
             train.sampler(),
             train.sample_cfg_scale,
@@ -87,7 +87,7 @@ class SampleSettings:
 
 
 def numbered(first: int | Sequence[int], count: int) -> Sequence[int]:
-    """Return the numbers of `count` samples: from `first` on, or as it lists them."""
+    """Return the numbers of `count` samples: counted from `first`, or as `first` lists them."""
     return range(first, first + count) if isinstance(first, int) else first
 
 
@@ -97,9 +97,9 @@ def noise_of(
     common: int,
     device: torch.device | str,
 ) -> Draws:
-    """Return the draws of the samples `numbers` under the seed `common`; those that have a seed of
-    their own draw as number 0 under that, so that one seed is one noise wherever it is asked
-    for."""
+    """Return the draws of the samples `numbers` under the seed `common`. A sample with a seed of
+    its own draws as number 0 under that seed, so that the seed gives the same noise wherever it is
+    used."""
     places = torch.tensor(list(numbers), dtype=torch.int64, device=device)
     if not seeds or all(seed is None for seed in seeds):
         return Draws(common, 0, places)
@@ -110,8 +110,8 @@ def noise_of(
 
 @contextlib.contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put the modules into evaluation inside the `with` block; after it each of their parts is in
-    the mode that it had."""
+    """Put the modules into evaluation mode within the `with` block; afterwards each of their parts
+    is in its former mode."""
     parts = {part: part.training for module in modules for part in module.modules()}
     try:
         for module in modules:
@@ -125,11 +125,11 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 @dataclass
 class Pipeline:
     """A learner in evaluation and a tokenizer. `execution_device`: where samples are computed, if
-    that is not where the learner is (`sampling_offload`). `captions`: prompts get its trigger word,
-    as the captions in training do. `whole`: the network to draw with where the learner has a part
-    of it, one of two experts. `tile`: latent frames, rows and columns, of which larger samples are
-    drawn in overlapping tiles. `checkpoint`: the folder or file that the weights came from, and
-    their `step`; None for a release.
+    not where the learner is (`sampling_offload`). `captions`: prompts get its trigger word, as
+    captions do in training. `whole`: the network that draws, if the learner has only a part of it,
+    one of two experts. `tile`: latent frames, rows and columns of a tile; larger samples are drawn
+    in overlapping tiles. `checkpoint`: the folder or file that the weights came from, and `step`:
+    its step; None for a release.
     """
 
     learner: Learner
@@ -144,21 +144,21 @@ class Pipeline:
 
     @property
     def model(self) -> Denoiser:
-        """Return the network that draws."""
+        """Return the network that draws: `whole`, if there is one, or the learner's."""
         return self.learner.model if self.whole is None else self.whole
 
     @property
     def device(self) -> torch.device:
-        """Return the device that samples are computed on."""
+        """Return the device on which samples are computed."""
         return self.execution_device or next(self.learner.model.parameters()).device
 
     @cached_property
     def pictures(self) -> Pictures:
-        first, *_ = self.model.networks().values()  # two experts are given the same
+        first, *_ = self.model.networks().values()  # both experts of a pair get the same
         return Pictures(first, self.tokenizer, self.device)
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return every network that takes part in a picture, by what messages call it."""
+        """Return every network that takes part in drawing, by the name that messages use."""
         titles = {"": "model", "high": "model", "low": "model (low noise)"}
         result: dict[str, nn.Module] = {
             titles[name]: network for name, network in self.model.networks().items()
@@ -177,7 +177,7 @@ class Pipeline:
         settings: SampleSettings,
         refines: bool = False,
     ) -> None:
-        """Raise ValueError for a size or a sampler that cannot be drawn with, before anything is.
+        """Raise ValueError for a size or a sampler with which nothing can be drawn, before drawing.
         `refines`: small clips are redrawn."""
         spec, objective, sampler = self.learner.spec, self.learner.objective, settings.sampler
         if self.model.conditioning != "none" and not refines:
@@ -195,8 +195,8 @@ class Pipeline:
         sampling_times(objective, sampler.steps, shift, grid=sampler.grid)
 
     def finite(self, values: Tensor, numbers: Sequence[int], settings: SampleSettings) -> Tensor:
-        """Return `values (B, …)` of the samples `numbers`; ValueError if one is not finite, for
-        its picture would be black."""
+        """Return `values (B, …)` of the samples `numbers`. ValueError names samples that are not
+        finite: their pictures would be black."""
         if is_finite(values):
             return values
         wrong = [number for number, sample in zip(numbers, values) if not is_finite(sample)]
@@ -216,8 +216,8 @@ class Pipeline:
         )
 
     def _not_finite(self) -> str | None:
-        """Return the first weight that is no finite number, of this process's parts if they are
-        sharded."""
+        """Return the name of the first weight that is not finite, or None; of sharded weights, this
+        process's parts are searched."""
         for part, network in self.networks().items():
             for name, value in network.state_dict().items():
                 if value.is_floating_point() and not is_finite(local(value)):
@@ -239,17 +239,18 @@ class Pipeline:
         seeds: Sequence[int | None] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Raw latents `(B, F, h, w, C)`; sample `i` of the call draws the noise of picture `first +
-        i`, or of the number that `first` lists for it. `guess`: raw latents to start from, and the
-        time they are noised to. `image (3, H, W)`: the first frame of every clip; `(2, 3, H, W)`:
-        also the last. `small`: for a model with a condition, the raw latents of the small clips,
-        enlarged, and the level they are noised to. `seeds`: samples that have a seed of their own
-        draw its first picture's noise. `callback`: see `diffusion.sample`."""
+        """Return raw latents `(B, F, h, w, C)`. Sample `i` of the call draws the noise of picture
+        `first + i`, or of the number that `first` lists for it. `guess`: raw latents to start from,
+        and the time to which they are noised. `image (3, H, W)`: the first frame of every clip;
+        `(2, 3, H, W)`: also the last. `small`: for a model with a condition, the raw latents of the
+        small clips, enlarged, and the level to which they are noised. `seeds`: a seed, or None, for
+        each sample; a sample with a seed of its own draws the noise of that seed's first picture.
+        `callback`: see `diffusion.sample`."""
         learner, device = self.learner, self.device
         rows, columns = learner.spec.grid(width, height, self.model.patch)
         numbers = numbered(first, len(captions))
         draws = noise_of(numbers, seeds, settings.seed, device)
-        # A guess may itself be drawn from the noise of its number: that is not added to it again.
+        # The guess may have been drawn from the noise of the same number, which is not added again.
         purpose = "sample" if guess is None else "redraw"
         noise = draws.normal(
             purpose, learner.spec.frames(frames), rows, columns, learner.spec.channels
@@ -290,15 +291,15 @@ class Pipeline:
         calls: Calls,
         further: dict[str, Any],
     ) -> Denoise:
-        """Return the network with `further` inputs and guidance (two experts, each in its times),
-        which keeps a given first frame as it is."""
+        """Return the denoiser: the network with `further` inputs and guidance (two experts, each at
+        its times), which keeps a given first frame unchanged."""
         inputs, first = self.pictures.given(pictures, frames)
         inputs |= further
         sampling = self.model.sampling_inputs(settings.sampler.grid)
         networks: dict[str, Any] = {**self.model.networks()}
-        if self.execution_device is None:  # else weights come and go, call by call
+        if self.execution_device is None:  # otherwise weights come and go between calls
             networks = {name: partial(calls, network) for name, network in networks.items()}
-        if self.learner.sharded and len(networks) > 1:  # gathered by calls of the whole alone
+        if self.learner.sharded and len(networks) > 1:  # only its call gathers
             networks = {name: partial(self.model, expert=name) for name in networks}
         low = settings.cfg_scale if settings.cfg_scale_low is None else settings.cfg_scale_low
         ask = guided_by_expert(
@@ -326,8 +327,8 @@ class Pipeline:
         calls: Calls,
         inputs: dict[str, Any],
     ) -> Denoise:
-        """Return the network asked tile by tile, each told its place, as many at a time as have
-        TILE_TOKENS tokens."""
+        """Return a denoiser that calls the network tile by tile, with the place of each tile, on as
+        many tiles at a time as have TILE_TOKENS tokens."""
         count, samples = len(tiling.corners), len(text)
         rows = torch.arange(samples, device=self.device).repeat_interleave(count)
         of_tiles = {"place": tiling.places(self.device).repeat(samples, 1)}
@@ -344,7 +345,7 @@ class Pipeline:
         return tiled(tiling, groups)
 
     def pixels(self, latents: Tensor, numbers: Sequence[int], settings: SampleSettings) -> Tensor:
-        """Return the pixels of raw latents on the CPU; ValueError if one is not finite."""
+        """Return the pixels of raw latents on the CPU. ValueError if they are not finite."""
         return self.finite(self.tokenizer.decode(latents).float().cpu(), numbers, settings)
 
     @torch.no_grad()
@@ -362,8 +363,9 @@ class Pipeline:
         seeds: Sequence[int | None] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, `batch_size` captions at a time;
-        `done(captions)` follows each batch. `first`, `seeds` and `callback`: see `latents`."""
+        """Return pixels in [0, 1] `(B, F, 3, H, W)` on the CPU, drawn `batch_size` captions at a
+        time. `done(number of captions)` is called after each batch. `first`, `seeds` and
+        `callback`: see `latents`."""
         parts, numbers = [], numbered(first, len(captions))
         for start in range(0, len(captions), batch_size):
             batch = slice(start, start + batch_size)
@@ -397,10 +399,11 @@ class Pipeline:
         seeds: Sequence[int | None] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Super-resolution: `pixels (B, F, 3, H, W)` enlarged to `width × height` and noised to
-        `strength`, one clip at a time. A model with a condition is given that and draws from noise;
-        another denoises it (SDEdit). What the small clip says stays; detail below that noise level
-        is drawn anew. `callback`: see `latents`.
+        """Return super-resolved clips `(B, F, 3, height, width)`, computed one at a time. The
+        latents of `pixels (B, F, 3, H, W)`, enlarged to `width × height`, are noised to `strength`.
+        A model with a condition gets them as its condition and draws from noise; any other denoises
+        them (SDEdit). The content of the small clip stays; detail below that noise level is drawn
+        anew. `callback`: see `latents`.
         """
         parts = []
         given = "small" if self.model.conditioning == "low_resolution" else "guess"

@@ -1,5 +1,5 @@
-"""Pictures while training: the sampler of `mmdit.scripts.sample`, fixed seeds, one folder a step,
-an HTML page over all steps."""
+"""Draw pictures during training: with the sampler of `mmdit.scripts.sample` and fixed seeds, one
+folder a step, and an HTML page over all steps."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SCORES = "scores.jsonl"  # of previews, beside them
 
 @dataclass
 class Previews:
-    """Callable on a `TrainState`. A failure is reported and never stops the training; no randomness
-    of it is touched."""
+    """Callable on a `TrainState`. A failure is reported and never stops the training, whose random
+    numbers are not touched."""
 
     pipeline: Pipeline
     config: TrainConfig
@@ -43,9 +43,9 @@ class Previews:
     frames: int
     fps: int
     use_ema: bool
-    writes: bool = True  # False: only takes part in drawing (a sharded model is drawn with by all)
+    writes: bool = True  # False: only takes part in drawing (all processes of a sharded model must)
     tracker: Tracker | None = None
-    # of the samples `(B, F, 3, H, W)` and their captions, numbers by name
+    # scores samples `(B, F, 3, H, W)` and their captions; returns numbers by name
     score: Callable[[Tensor, list[str]], dict[str, float]] | None = None
 
     def __post_init__(self):
@@ -58,7 +58,7 @@ class Previews:
             )
             with weights:
                 self._write(state.step)
-        except Exception as error:  # whatever goes wrong in a picture, hours of training go on
+        except Exception as error:  # whatever fails in a picture, hours of training go on
             settings, size = asdict(self.settings), [self.width, self.height, self.frames]
             path = record_failure(
                 self.run_dir,
@@ -79,7 +79,7 @@ class Previews:
                 torch.cuda.empty_cache()
 
     def is_missing(self, step: int) -> bool:
-        """Return whether a preview was due at this step and is not there."""
+        """Return whether a preview was due at this step and does not exist."""
         config = self.config
         folder = self._folder(step)
         failed = self.run_dir / "failures" / f"preview_{step:08d}_0.json"
@@ -114,7 +114,7 @@ class Previews:
             self.tracker.preview(step, sheet, clip)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        """Add a line to samples/scores.jsonl, instead of later ones of a run that was killed."""
+        """Add a line to samples/scores.jsonl, in place of later lines of a run that was killed."""
         path = self.run_dir / "samples" / SCORES
         rows = [row for row in read_scores(path) if row["step"] < step] + [{"step": step} | values]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -142,12 +142,12 @@ class Previews:
 
 
 def read_scores(path: Path) -> list[dict]:
-    """Return the lines of samples/scores.jsonl, in the order of steps; none if there is no file.
-    A torn line is left out."""
+    """Return the lines of samples/scores.jsonl, in the order of steps; an empty list if there is no
+    file. A torn line is left out."""
     rows = objects_in(read_text(path)) if path.is_file() else ()
     return [row for row in rows if isinstance(row.get("step"), int)]
 
 
 def _score_text(values: dict[str, float]) -> str:
-    """Return numbers by name as a person reads them."""
+    """Return the scores in words for a person."""
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

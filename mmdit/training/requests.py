@@ -1,4 +1,4 @@
-"""Read what a person asks to be drawn: a prompt, and what of the settings is its own."""
+"""Read requests for samples: a prompt, and settings that differ from the command's."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mmdit.config import ConfigError, decode, holds_half_a_pair, least, most
 from mmdit.data.dataset.records import JSON
 from mmdit.training.pipeline import SampleSettings
 
-MOST_PIXELS = 1 << 16  # of a side that is drawn, and frames
+MOST_PIXELS = 1 << 16  # the longest side, and the most frames, that may be asked for
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sample that is asked for. What is None is the command's."""
+    """A request for one sample. A field that is None takes the command's setting."""
 
     prompt: str
-    seed: int | None = None  # its noise is then that of this seed's first sample
+    seed: int | None = None  # the sample then gets the noise of this seed's first sample
     width: int | None = None
     height: int | None = None
     frames: int | None = None
     negative: str | None = None
-    guidance: float | None = None  # of a pair of experts: of both
+    guidance: float | None = None  # for a pair of experts, of both
 
     def __post_init__(self):
         least(self, 1, "width", "height", "frames")
@@ -37,8 +37,8 @@ class Request:
 
     @staticmethod
     def read(value: str | Mapping[str, Any], where: str) -> Request:
-        """Return a prompt, or a mapping of the names above, as a request. ValueError names `where`
-        it stands, the key and what is wrong."""
+        """Return the request that a prompt, or a mapping of the names above, makes. ValueError
+        names `where` it stands, the key and what is wrong."""
         if not isinstance(value, str | Mapping):
             raise ValueError(f"{where}: is {value!r:.100}, must be text (in quotes) or a section")
         try:
@@ -48,23 +48,24 @@ class Request:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Return what of the settings is its own."""
+        """Return the settings that the request gives, by name."""
         rest = {name: value for name, value in asdict(self).items() if value is not None}
         del rest["prompt"]
         return rest
 
     @property
     def batch_key(self) -> tuple:
-        """Return what samples must share to be drawn in one batch: all but prompt and seed."""
+        """Return the settings that samples of one batch must share: all except prompt and seed."""
         return self.width, self.height, self.frames, self.negative, self.guidance
 
     def size(self, common: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Return width, height and frames, of which `common` are the command's."""
+        """Return width, height and frames; `common` are the command's."""
         width, height, frames = common
         return self.width or width, self.height or height, self.frames or frames
 
     def settings(self, common: SampleSettings) -> SampleSettings:
-        """Return the settings it is drawn with, its seed aside; `common` are the command's."""
+        """Return the settings with which it is drawn, apart from the seed; `common` are the
+        command's."""
         if self.negative is not None:
             common = replace(common, negative_prompt=self.negative)
         if self.guidance is not None:
@@ -73,8 +74,8 @@ class Request:
 
 
 def batches(requests: Mapping[int, Request], batch_size: int) -> Iterable[list[int]]:
-    """Yield the numbers of the requests that are drawn together, at most `batch_size` of equal
-    `batch_key`, groups in the order of their first request."""
+    """Yield the numbers of the requests that are drawn together: at most `batch_size` of equal
+    `batch_key`, in the order of the first request of each group."""
     groups: dict[tuple, list[int]] = {}
     for number, request in requests.items():
         groups.setdefault(request.batch_key, []).append(number)
@@ -84,7 +85,8 @@ def batches(requests: Mapping[int, Request], batch_size: int) -> Iterable[list[i
 
 
 def read_request(line: str, where: str) -> Request:
-    """Return a line as a request: a JSON object, or a prompt. ValueError names `where`."""
+    """Return the request on a line, a JSON object or a plain prompt. ValueError names `where` it
+    is."""
     if not line.startswith("{"):
         return Request(line)
     try:

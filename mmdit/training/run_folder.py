@@ -1,5 +1,5 @@
-"""Read what a run folder shows of its training: configuration, state and previews, from files
-alone."""
+"""Read the state of a training from the files in its run folder: configuration, progress and
+previews."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmdit.files import LOCK, open_regular, real_path
 
 PREVIEW = re.compile(r"step_(\d{8,})")
 VIDEOS = ("video.mp4", "video.png")
-QUIET_SECONDS = 120  # a run of which nothing can be known is taken for running so long
+QUIET_SECONDS = 120  # a run counts as running for so long if nothing else is known
 LARGEST_TEXT = 1 << 20
-ENDED_BY = "ended_by"  # in the last record of a run that a rule ended before max_steps: which one
+ENDED_BY = "ended_by"  # in the last record of a run that a rule ended before max_steps: the rule
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`word`: running, finished, stopped or failed; `reason`: in a sentence, where there is one."""
+    """`word`: running, finished, stopped or failed; `reason`: a sentence, or ""."""
 
     word: str
     reason: str = ""
@@ -31,7 +31,8 @@ class RunState:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of `runs` by its path below it, as addresses name it."""
+    """A run folder below the folder `runs`, by its relative path `name`, which addresses use.
+    ValueError if there is no such run."""
 
     runs: Path
     name: str
@@ -47,11 +48,11 @@ class RunFolder:
         object.__setattr__(self, "folder", folder)
 
     def config_text(self) -> str:
-        """Return config.yaml as it is, or nothing."""
+        """Return the text of config.yaml, or ""."""
         return text_of(self.folder / "config.yaml")
 
     def config(self) -> dict:
-        """Return config.yaml as plain data, or nothing where there is none that can be read."""
+        """Return config.yaml as plain data; an empty dict if it cannot be read."""
         path = self.folder / "config.yaml"
         try:
             return _parsed(str(path), path.stat().st_mtime_ns)
@@ -59,7 +60,7 @@ class RunFolder:
             return {}
 
     def max_steps(self) -> int | None:
-        """Return how many steps were configured, where the config says."""
+        """Return the configured number of steps, or None if the config does not say."""
         train = self.config().get("train")
         steps = train.get("max_steps") if isinstance(train, dict) else None
         return steps if isinstance(steps, int) else None
@@ -75,8 +76,8 @@ class RunFolder:
         return previews_in(self.folder)
 
     def state(self, last: dict, held: set[int] | None) -> RunState:
-        """Return what has become of the training. `last`: its newest record; `held`: the inodes of
-        files that are locked, None where the system does not say."""
+        """Return the state of the training. `last`: its newest record of metrics; `held`: the
+        inodes of locked files, None where the system does not tell."""
         last_step = last.get("step")
         if self._is_held(held):
             return RunState("running")
@@ -101,7 +102,7 @@ class RunFolder:
         if held is not None:
             return inode in held
         newest = max(modified(self.folder / "metrics.jsonl"), modified(lock))
-        # the other way round as well: a clock may have been set back
+        # in both directions: a clock may have been set back
         return abs(time.time() - newest) < QUIET_SECONDS
 
     def _failure(self, last_step: float | None) -> str:
@@ -120,13 +121,13 @@ class RunFolder:
         return f"{row.get('kind')}, step {step}: {first_line}"
 
     def skipped(self) -> list[str]:
-        """Return the last lines of what steps were skipped, newest first."""
+        """Return the last lines about skipped steps, newest first, at most 20."""
         return text_of(self.folder / "skipped.jsonl").splitlines()[:-21:-1]
 
 
 def previews_in(run: Path) -> list[dict]:
-    """Return `step`, `folder` and `video` (a file name or None) of each preview of a run, in
-    order."""
+    """Return `step`, `folder` and `video` (a file name or None) of each preview of a run, in the
+    order of steps."""
     shown = []
     try:
         entries = sorted(os.scandir(run / "samples"), key=lambda entry: entry.name)
@@ -138,7 +139,7 @@ def previews_in(run: Path) -> list[dict]:
             continue
         try:
             files = set(os.listdir(entry.path))
-        except OSError:  # no folder, or nobody may look into it
+        except OSError:  # not a folder, or not readable
             continue
         video = next((name for name in VIDEOS if name in files), None)
         if "grid.png" in files:
@@ -147,8 +148,8 @@ def previews_in(run: Path) -> list[dict]:
 
 
 def sheets_in(run: Path) -> list[tuple[int, Path, Path | None]]:
-    """Return of each preview of a run, in order, the step, the sheet and the clip if there is one;
-    the training of a tokenizer has sheets alone."""
+    """Return the step, the sheet and the clip (or None) of each preview of a run, in order. The
+    training of a tokenizer has sheets alone."""
     folder = run / "samples"
     shown: list[tuple[int, Path, Path | None]] = []
     for preview in previews_in(run):
@@ -162,12 +163,12 @@ def sheets_in(run: Path) -> list[tuple[int, Path, Path | None]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds a training; not if nobody may look into it."""
+    """Return whether a folder holds a training; False if it may not be read."""
     return any(os.path.isfile(folder / name) for name in ("config.yaml", "metrics.jsonl"))
 
 
 def modified(path: Path) -> float:
-    """Return when a file was last written, in seconds; 0 if it is not there."""
+    """Return when a file was last modified, in seconds since the epoch; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -175,7 +176,7 @@ def modified(path: Path) -> float:
 
 
 def text_of(path: Path) -> str:
-    """Return a text file, or nothing if there is none; of a large one the end."""
+    """Return the text of a file, or "" if it cannot be read; of a large file only the end."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -187,7 +188,8 @@ def text_of(path: Path) -> str:
 
 @lru_cache(maxsize=512)
 def _parsed(path: str, written: int) -> dict:
-    """Return a YAML file as plain data; `written` keys the memory of it."""
+    """Return a YAML file as plain data; the result is cached until the file's time `written`
+    changes."""
     try:
         return parse_yaml(text_of(Path(path)), path)[0]
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Keep in a run folder what there is to know of every start of its training: versions, commit,
+"""Record in a run folder the circumstances of every start of its training: versions, commit,
 device, data."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STARTS = "starts.jsonl"
 
 def record_start(run_dir: Path, world: World, step: int, data: str, command: str = "") -> None:
     """Add a line to starts.jsonl: when and at which step the training starts, and with what.
-    `data`: what it will see, in words; `command`: what was typed."""
+    `data`: the data that it will see, in words; `command`: the command line."""
     cuda = world.device.type == "cuda"
     row = {
         "time": time.time(),
@@ -40,12 +40,12 @@ def record_start(run_dir: Path, world: World, step: int, data: str, command: str
     }
     with naming(run_dir / STARTS), refuse_link(run_dir / STARTS).open("a+b") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        torn = file.read() not in (b"", b"\n")  # a full disk: this line would be lost with it
+        torn = file.read() not in (b"", b"\n")  # a full disk: do not append to such a line
         file.write(b"\n" * torn + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the starts of a run, in order; none for one of an older version."""
+    """Return the starts of a run, in order; an empty list for a run of an older version."""
     try:
         return list(objects_in(read_text(run_dir / STARTS, "replace")))
     except OSError:
@@ -53,9 +53,10 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def continues(run_dir: Path, world: World) -> bool:
-    """Return whether torchrun started this training again after one of its processes ended, so that
-    it goes on by itself: one of its torchruns, of which each machine has one, was there at the last
-    start of this folder. The rendezvous id says nothing: somebody else may have taken the same."""
+    """Return whether torchrun restarted this training after one of its processes ended, so that it
+    must continue by itself. That is so if one of its torchruns (each machine has one) also took
+    part in the last start of this folder. The rendezvous id proves nothing: somebody else may have
+    chosen the same."""
     starts = read_starts(run_dir)
     last = starts[-1].get("torchrun") if starts else None
     return isinstance(last, list) and not set(world.torchrun[1:]).isdisjoint(map(str, last[1:]))
@@ -63,8 +64,8 @@ def continues(run_dir: Path, world: World) -> bool:
 
 @lru_cache
 def commit() -> str | None:
-    """Return the git commit of the clone that this package lies in, with `+` behind it where files
-    differ from it; None if it lies in none."""
+    """Return the git commit of the clone that holds this package, followed by `+` if files differ
+    from it; None if it is not in a clone."""
     root = Path(mmdit.__file__).resolve().parents[1]
 
     def git(*words: str) -> str:

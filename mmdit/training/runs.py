@@ -1,5 +1,5 @@
-"""The folder of a run belongs to one training at a time: a lock, no links in it, and nothing that
-a killed process has left."""
+"""Make sure that a run folder belongs to one training at a time, holds no links, and nothing that a
+killed process has left."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ REFUSAL = (
 
 @contextlib.contextmanager
 def hold(run_dir: Path, world: World = checkpoint.ALONE) -> Iterator[None]:
-    """Hold a run folder, which is made, until the block ends; what a killed training has left in it
-    is removed first. Every process of the training must call. ValueError: another training holds
-    it, or there are links in it. A folder in which nothing came to be is removed at the end."""
+    """Create and hold a run folder until the block ends; what a killed training has left in it is
+    removed first. Every process of the training must call. A folder that stays empty is removed at
+    the end. ValueError if another training holds the folder, or if there are links in it."""
 
     def take() -> None:
         stack.enter_context(held_folder(run_dir, REFUSAL.format(run_dir)))
@@ -36,15 +36,16 @@ def hold(run_dir: Path, world: World = checkpoint.ALONE) -> Iterator[None]:
 
 
 def refuse_links(run_dir: Path) -> None:
-    """Raise ValueError for a link in a run folder: what is written there would get elsewhere, where
-    a folder that came from others may have pointed it."""
+    """Raise ValueError for a link in a run folder. In a folder that came from others, a link could
+    redirect what is written there."""
     for folder, folders, files in os.walk(run_dir):
         for name in (*folders, *files):
             refuse_link(Path(folder) / name)
 
 
 def tidy(run_dir: Path) -> None:
-    """Remove what killed processes left in a run folder; only for who holds its lock."""
+    """Remove what killed processes left in a run folder. Only the holder of its lock may call
+    this."""
     checkpoint.remove_partial(run_dir)
     checkpoint.remove_partial(run_dir / "best")
     samples = run_dir / "samples"
@@ -52,7 +53,8 @@ def tidy(run_dir: Path) -> None:
 
 
 def discard(run_dir: Path) -> None:
-    """Remove a run folder with all that is in it. ValueError: another process is training there."""
+    """Remove a run folder with everything in it. ValueError if another process is training
+    there."""
     if run_dir.exists():
         held = take_folder(run_dir, REFUSAL.format(run_dir))
         shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,5 +1,5 @@
-"""The folder that `sample` fills: each batch is written as it comes, what is there already is kept
-when drawing goes on, and nothing is replaced unasked."""
+"""The folder that `sample` fills: each batch is written when it is drawn, existing samples are kept
+when drawing continues, and nothing is replaced unasked."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from mmdit.training.media import (
 from mmdit.training.requests import Request, batches
 
 STORY, GRID = "samples.json", "grid.png"
-NAME = re.compile(r"\d{4,}\.(png|mp4)")  # what this module writes, and therefore may remove
-WRITTEN = (b"{", b"\x89PNG", b"<!doctype html>")  # so files begin that options name to be written
-ELEMENTS = 4096  # of each weight, for `weights_digest`
+NAME = re.compile(r"\d{4,}\.(png|mp4)")  # files that this module writes, and may therefore remove
+WRITTEN = (b"{", b"\x89PNG", b"<!doctype html>")  # beginnings of files that options name as outputs
+ELEMENTS = 4096  # of each weight that enter `weights_digest`, about
 
 
 def check_writable(path: str | Path, folder: bool, option: str = "out") -> None:
-    """Raise ValueError before hours of work if the file or folder `path`, of this option, cannot be
-    made where it is asked for, or the file would replace one that no such command wrote."""
+    """Raise ValueError, before hours of work, if the file or folder `path` of this option cannot be
+    created, or if the file would replace one that no such command wrote."""
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         there, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
@@ -64,8 +64,8 @@ def check_writable(path: str | Path, folder: bool, option: str = "out") -> None:
 
 
 def check_files(**paths: str | None) -> None:
-    """Raise ValueError before hours of work if a file, by the name of its option, cannot be written
-    (see `check_writable`), or if two of them are one."""
+    """Raise ValueError, before hours of work, if a file, given by the name of its option, cannot be
+    written (see `check_writable`), or if two options name the same file."""
     options: dict[Path, str] = {}
     for name, path in paths.items():
         if not path:
@@ -80,8 +80,8 @@ def check_files(**paths: str | None) -> None:
 
 
 def check_outside(sheets: Mapping[str, str | None], sources: Mapping[str, str | None]) -> None:
-    """Raise ValueError if a sheet would be written into a folder whose pictures are compared, where
-    the next call would take it for one of them. Both are given by the names of their options."""
+    """Raise ValueError if a sheet would be written into a folder whose pictures are compared: the
+    next call would take it for one of them. Both are given by the names of their options."""
     for option, sheet in sheets.items():
         for name, source in sources.items():
             if not sheet or not source or is_sheet(sheet):
@@ -97,10 +97,10 @@ def check_outside(sheets: Mapping[str, str | None], sources: Mapping[str, str | 
 
 @torch.no_grad()
 def weights_digest(networks: dict[str, nn.Module], *more: Tensor | None) -> str:
-    """Return what tells these weights from others, and of pictures `more` that samples depend on:
-    a hash of names, shapes, up to ELEMENTS elements of each weight, evenly spread, and all of each
-    picture. Training, an average and an adapter move all weights; of a picture a corner may be
-    another."""
+    """Return a hash that tells these weights, and pictures `more` on which samples depend, from
+    others. It covers names, shapes, about ELEMENTS evenly spread elements of each weight, and all
+    of each picture. This suffices because training, an average and an adapter change weights
+    everywhere, while pictures may differ in a corner alone."""
     digest = hashlib.sha256()
     tensors = [
         (f"{part}.{name}", value, max(1, value.numel() // ELEMENTS))
@@ -121,10 +121,10 @@ def weights_digest(networks: dict[str, nn.Module], *more: Tensor | None) -> str:
 
 @dataclass
 class SampleFolder:
-    """`folder` with a PNG or MP4 for each of `requests`, grid.png, and samples.json: `story`
-    (whatever decides a sample but its request and number), and the `samples` that are there.
-    `size`: width, height and frames where a request has none of its own. `replace`: samples of
-    another story are drawn anew. ValueError: there are such samples, or files of others by the
+    """A folder with a PNG or MP4 for each of `requests`, grid.png, and samples.json, which holds
+    the `story` (all that decides a sample except its request and number) and the list of existing
+    `samples`. `size`: width, height and frames for requests without their own. `replace`: draw
+    samples of another story anew. ValueError if there are such samples, or foreign files under
     names to be written, and they may not be replaced."""
 
     folder: Path
@@ -135,7 +135,7 @@ class SampleFolder:
     columns: int | None = None
     replace: bool = False
     files: dict[int, str] = field(default_factory=dict, init=False)  # by number
-    said: list[str] = field(default_factory=list, init=False)  # what to tell before drawing
+    said: list[str] = field(default_factory=list, init=False)  # lines to print before drawing
     grid_note: str = field(default="", init=False)
     strips: dict[int, Tensor] = field(
         default_factory=dict, init=False
@@ -162,7 +162,7 @@ class SampleFolder:
         self._write()
 
     def _refuse_files_of_others(self) -> None:
-        """Raise ValueError where files would be replaced that no samples.json here speaks of."""
+        """Raise ValueError if files would be replaced that no samples.json here lists."""
         names = sorted(path.name for path in self.folder.iterdir())
         taken = [name for name in names if NAME.fullmatch(name) or name in (GRID, STORY)]
         if taken and not self.replace:
@@ -173,8 +173,9 @@ class SampleFolder:
             )
 
     def _refuse_unlisted(self, listed: set[str]) -> None:
-        """Raise ValueError where samples would be written over files that samples.json does not
-        list. One that says that it is such a sample was left by a kill, and is drawn again."""
+        """Raise ValueError if samples would be written over files that samples.json does not list.
+        A file that was drawn for the same request was left by a killed process, and is drawn
+        again."""
         for path in sorted(self.folder.iterdir()):
             if not NAME.fullmatch(path.name) or path.name in listed or self.replace:
                 continue
@@ -194,7 +195,7 @@ class SampleFolder:
         return kept == (request.prompt, self.story.get("weights"))
 
     def _is_current(self, number: int, row: dict) -> bool:
-        """Return whether the file of a sample is there and was asked for in the same words."""
+        """Return whether the file of a sample exists and was drawn for an equal request."""
         request = self.requests.get(number)
         if request is None or _row(row["file"], request) != row:
             return False
@@ -202,7 +203,7 @@ class SampleFolder:
         return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
     def _report(self, lost: list[str], changed: list[str]) -> None:
-        """Say what is kept and what is replaced. ValueError: that was not asked for."""
+        """Note what is kept and what is replaced. ValueError if replacing was not asked for."""
         if self.files:
             self.said.append(
                 f"{len(self.files)} of {len(self.requests)} samples are in {self.folder} already, "
@@ -223,21 +224,22 @@ class SampleFolder:
         self.said.append(f"{what}: they are replaced{also}")
 
     def missing(self, batch_size: int) -> Iterator[list[int]]:
-        """Yield the numbers of every batch that lacks a sample. Batches are what they are without
-        an interruption, for the size of a batch decides how its samples are rounded."""
+        """Yield the numbers of every batch that lacks a sample. Batches are cut as without an
+        interruption, because the size of a batch decides how its samples are rounded."""
         for numbers in batches(self.requests, batch_size):
             if any(number not in self.files for number in numbers):
                 yield numbers
 
     def next_number(self) -> int:
-        """Return a number above those of all requests and of all files by the names of samples."""
+        """Return a number above those of all requests and of all files that have names of
+        samples."""
         names = [path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
         taken = [*self.requests, *(int(Path(name).stem) for name in names)]
         return max(taken, default=-1) + 1
 
     def add(self, numbers: Sequence[int], pixels: Tensor, facts: Sequence[Mapping[str, Any]]):
         """Write the samples `numbers` of `pixels (B, F, 3, H, W)` with their `facts` inside, and
-        then that they are there."""
+        then list them in samples.json."""
         for number, clip, known in zip(numbers, pixels, facts, strict=True):
             path = save_sample(clip, self.folder / f"{number:04d}", self.fps, known)
             self.files[number] = path.name
@@ -246,7 +248,7 @@ class SampleFolder:
         self._write()
 
     def _held(self) -> int:
-        """Return how many samples a sheet holds, of which the largest decides."""
+        """Return how many samples the sheet holds, for the largest size among them."""
         sizes = [self.size, *(request.size(self.size) for request in self.requests.values())]
         return sheet_holds(*map(max, zip(*sizes)))
 
@@ -256,7 +258,7 @@ class SampleFolder:
         write_atomically(self.folder / STORY, text.encode())
 
     def finish(self) -> list[str]:
-        """Write grid.png, of as many samples as a sheet holds; return the names of all files."""
+        """Write grid.png with as many samples as a sheet holds; return the names of all files."""
         shown = sorted(self.files)[: self._held()]
         for number in shown:
             if number not in self.strips:
@@ -271,12 +273,12 @@ class SampleFolder:
 
 
 def _row(file: str, request: Request) -> dict[str, Any]:
-    """Return what samples.json says of a sample."""
+    """Return the entry of a sample in samples.json."""
     return {"file": file, "prompt": request.prompt, **request.overrides}
 
 
 def _stored_story(folder: Path) -> dict:
-    """Return what samples.json says; nothing if it is none of ours."""
+    """Return the contents of samples.json; an empty dict if this module did not write it."""
     old = read_object(folder / STORY)
     rows = old.get("samples")
     good = isinstance(rows, list) and all(
@@ -286,7 +288,7 @@ def _stored_story(folder: Path) -> dict:
 
 
 def stored_requests(folder: Path) -> dict[int, Request]:
-    """Return the requests of the samples that are in `folder`, by number."""
+    """Return the requests of the samples in `folder`, by number."""
     requests = {}
     for row in _stored_story(folder).get("samples", []):
         if NAME.fullmatch(row["file"]):
@@ -296,7 +298,7 @@ def stored_requests(folder: Path) -> dict[int, Request]:
 
 
 def _framed(strips: list[Tensor]) -> Tensor:
-    """Return strips `(f, 3, h, w)` of any sizes as one tensor, the smaller ones on white."""
+    """Return strips `(f, 3, h, w)` of any sizes as one tensor, padded with white."""
     frames, _, height, width = map(max, zip(*(strip.shape for strip in strips)))
     padded = []
     for strip in strips:

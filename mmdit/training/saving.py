@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training goes on (`train.save_in_background`)."""
+"""Write checkpoints while the training goes on (`train.save_in_background`)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1)
 def _on_host(mesh: DeviceMesh, group: dist.ProcessGroup | None) -> DeviceMesh:
-    """Return the mesh of the same processes on the CPU. It is made once for all tensors and saves:
-    where machines copy each other's shards, each one that is made makes process groups, with the
-    connections of all of them. `group`: the default one, with which all others end."""
+    """Return a mesh of the same processes on the CPU. It is made once for all tensors and saves:
+    with several copies of the shards, each new mesh makes process groups, with connections among
+    all of their processes. `group`: the default group, whose end makes the mesh invalid."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", mesh.shape, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
-    """Return a copy in the memory of the host, which training does not touch; of a sharded tensor
-    each process copies its part. A `StoredWeight` is frozen and is returned as it is."""
+    """Return a copy in host memory, which the training does not change; of a sharded tensor each
+    process copies its part. A `StoredWeight` is frozen and is returned as it is."""
     if isinstance(tensor, StoredWeight):
         return tensor
     tensor = tensor.detach()
@@ -52,9 +52,9 @@ def snapshots(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class BackgroundSaves:
-    """Runs one save at a time in a thread. Its processes talk in a group of their own, so that they
-    never meet the collectives of the training; every process of the job must make one, and start
-    the same saves."""
+    """Runs one save at a time in a thread. The saves use a process group of their own, so that they
+    never mix with the collectives of the training. Every process of the job must create one, and
+    start the same saves."""
 
     def __init__(self, world: World):
         self.world = world.apart()
@@ -62,7 +62,7 @@ class BackgroundSaves:
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[World], object]) -> None:
-        """Call `write` with the world of the saves, once the last save is whole."""
+        """Call `write` with the world of the saves, after the last save has finished."""
         self.wait()
 
         def work() -> None:
@@ -81,14 +81,14 @@ class BackgroundSaves:
             raise error
 
     def wait(self) -> None:
-        """Return when the last save is whole; raise its error."""
+        """Wait for the last save; raise its error."""
         self._join()
         self.check()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Leave the block when the last save is whole, or has failed: then raise its error, unless
-        the block itself raised one."""
+        """Wait for the last save at the end of the block. If the save failed, raise its error,
+        unless the block itself raised one."""
         try:
             yield
             self.wait()

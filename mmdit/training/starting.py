@@ -1,5 +1,5 @@
-"""Start a run from other things than a whole model: a LoRA file of any tool, or one expert of a
-pair's run."""
+"""Start a run from something other than a whole model: a LoRA file of any tool, or one expert of a
+run that trained a pair."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmdit.training.memory.shards import renamed
 
 
 def is_lora(path: str | Path) -> bool:
-    """Return whether `path` is a LoRA, in a file or a folder of PEFT, and no run, checkpoint or
+    """Return whether `path` is a LoRA, in a file or in a PEFT folder, and not a run, checkpoint or
     export of ours."""
     path = Path(path)
     if path.is_dir():
@@ -39,9 +39,9 @@ def is_lora(path: str | Path) -> bool:
 
 
 def start_from_lora(learner: Learner, config) -> list[str]:
-    """Give the adapters of `learner` the values of the LoRA that `train.init_from` names; layers
-    that it lacks stay new. Return lines to report. ConfigError: it does not fit, or there is no
-    base to lay it over."""
+    """Copy the LoRA that `train.init_from` names into the adapters of `learner`; adapters of layers
+    that it lacks start new. Return lines to report. ConfigError if it does not fit, or has no base
+    to add to."""
     path = config.train.init_from
     if not config.lora.enabled:
         raise ConfigError(
@@ -72,8 +72,8 @@ def start_from_lora(learner: Learner, config) -> list[str]:
 
 @torch.no_grad()
 def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
-    """Write a file's numbers into the adapters of `part`, at the strength of the file under the
-    alpha that they have here."""
+    """Copy a file's factors into the adapters of `part`, rescaled so that they have the strength of
+    the file at the adapters' alpha."""
     layers = adapters(part)
     if content.differences:
         raise ConfigError(
@@ -102,7 +102,7 @@ def _copy(part: nn.Module, content: LoRAFile, path: str) -> None:
         for key, value in layer.adapter_parameters().items():
             value.copy_(made.adapter_parameters()[key])
         wanted, ratio = layer.alpha, made.scale / layer.scale
-        if ratio < 0:  # a file may count against its factors, an alpha here may not
+        if ratio < 0:  # a file may have a negative scale, an alpha here may not
             layer.outer.neg_()
         set_alpha(layer, wanted * abs(ratio))
         set_alpha(layer, wanted, preserve=True)
@@ -113,9 +113,9 @@ def _shapes(layer: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def one_expert(weights: Weights, config) -> tuple[Mapping[str, Tensor], dict[str, float]]:
-    """Return tensors and alphas of a pair's run under the names of one network: the adapters of the
-    expert that `config` trains, and the base, which twins store once. ConfigError: it names no
-    expert."""
+    """Return tensors and alphas of a pair's run under the names of a single network: the adapters
+    of the expert that `config` trains, and the base, which experts that share it store once.
+    ConfigError if `config` names no expert."""
     expert, prefix = config.model.expert, f"{config.model.expert}."
     if expert is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reports of a run: sums that stay on the device between two reports, and the record made of
+"""Reports of a run: sums that stay on the device between two reports, and the records made of
 them."""
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mmdit.training.metrics import ForwardTimer, MetricsLog, Timer, report_line,
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 
-LEVELS = 4  # noise levels of the reported loss
+LEVELS = 4  # groups of noise levels for which the loss is reported
 WIDE = BINS // LEVELS
 
 
 class TakenStep(NamedTuple):
-    """One step of this rank, on its device: `norm` and `skipped ()`."""
+    """One step of this rank, on its device. `norm ()` of the gradient; `skipped ()`: 1 or 0."""
 
     # (n,): of its samples, at the times `t`.
     losses: Tensor
@@ -44,25 +44,25 @@ class TakenStep(NamedTuple):
 
 
 class Window:
-    """Hold what happened since the last report: tensors on the device, so that no step waits for
-    them. `flops`: of this rank."""
+    """The steps since the last report: tensors on the device, so that no step waits for them.
+    `flops`: operations of this rank."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.taken: list[TakenStep] = []
         self.flops = 0
         self.forward = ForwardTimer(device)
-        self.steps: list[StepFacts] = []  # once they were read
+        self.steps: list[StepFacts] = []  # as far as they have been read
 
     def read(self, world: World) -> list[StepFacts]:
-        """Return the steps since the last read, of all ranks (which must all ask). It waits for the
-        device."""
+        """Return the steps since the last read, summed over all ranks, which must all call. This
+        waits for the device."""
         taken = self.taken[len(self.steps) :]
         if not taken:
             return []
         tables = level_tables(taken)
         world.sum_(tables)
-        tables /= world.context_size  # whose samples are the same
+        tables /= world.context_size  # processes that share clips see the same samples
         new = []
         for step, (sums, counts, times) in zip(taken, tables.tolist(), strict=True):
             norm, bad = step.norm.item(), bool(step.skipped)
@@ -73,8 +73,8 @@ class Window:
 
 
 def level_tables(steps: list[TakenStep]) -> Tensor:
-    """Return `(steps, 3, BINS)`: sums and counts of the finite losses by noise level, sums of their
-    times. Made of many steps at once, it costs none of them a launch."""
+    """Return `(steps, 3, BINS)`: sums and counts of the finite losses by noise level, and sums of
+    their times. Computed for many steps at once, this costs the single steps no launch."""
     losses = torch.cat([step.losses for step in steps])
     t = torch.cat([step.t for step in steps])
     sizes = torch.tensor([len(step.losses) for step in steps])
@@ -88,8 +88,8 @@ def level_tables(steps: list[TakenStep]) -> Tensor:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 16) -> float | None:
-    """Measure the operations a second of a large matrix product on a CUDA `device`, in a fraction
-    of a second; return None elsewhere."""
+    """Measure the rate of a large matrix product on a CUDA `device`, in operations per second, in a
+    fraction of a second; return None elsewhere."""
     if device.type != "cuda":
         return None
     size, generator = 8192, torch.Generator(device).manual_seed(0)
@@ -106,8 +106,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 16) -> 
 
 @cache
 def bfloat16_slowdown() -> float:
-    """Return how many times as long a product of matrices takes in bfloat16 as in float32 on this
-    CPU, measured in a tenth of a second: many have no instructions for bfloat16."""
+    """Return how many times as long a matrix product takes in bfloat16 as in float32 on this CPU,
+    measured in a tenth of a second: many CPUs have no instructions for bfloat16."""
     seconds = []
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
@@ -122,7 +122,7 @@ def bfloat16_slowdown() -> float:
 
 class Monitor:
     """The state behind the metrics and the alpha schedule, by expert ("" where there are none),
-    kept beside each checkpoint as JSON."""
+    stored as JSON in each checkpoint."""
 
     def __init__(self, experts: tuple[str, ...] = ("",)):
         self.histories = {name: LossHistory() for name in experts}
@@ -138,9 +138,8 @@ class Monitor:
         schedule: AlphaSchedule | None,
         alphas: dict[str, float | None],
     ) -> dict:
-        """Return the values of a report of these steps. The documented names are those of the
-        expert of the last step; with several experts, each name comes again with `_<expert>` behind
-        it."""
+        """Return the values of a report on these steps. The documented names belong to the expert
+        of the last step; with several experts, each name also appears with `_<expert>` appended."""
         by_expert = {
             name: self._expert_values(name, facts, schedule, alphas[name])
             for name in self.histories
@@ -180,7 +179,7 @@ class Monitor:
         }
 
     def state(self) -> dict:
-        """Return what a checkpoint keeps, as JSON."""
+        """Return the state for a checkpoint, as JSON."""
         return {
             "run_id": self.run_id,
             "images": self.images,
@@ -189,7 +188,7 @@ class Monitor:
         }
 
     def restore(self, state: dict) -> None:
-        """Take over what `state` gave. ValueError: it is of other experts."""
+        """Take over what `state` returned. ValueError if it has other experts."""
         stored = state["courses"]
         if stored.keys() != self.histories.keys():
             raise ValueError(
@@ -201,7 +200,7 @@ class Monitor:
 
 
 def _by_level(rows: list[list[float]]) -> list[float]:
-    """Return the sums over `rows (steps, BINS)` for each of the `LEVELS` levels of noise."""
+    """Return the sums over `rows (steps, BINS)` for each of the `LEVELS` groups of noise levels."""
     table = torch.tensor(rows, dtype=torch.float64)
     return table.sum(0).reshape(LEVELS, WIDE).sum(-1).tolist()
 
@@ -228,17 +227,17 @@ class Reporter:
         self.timer = Timer()
         self.bad_in_a_row, self.seen = 0, 0
         self.damaged: list[str] = []  # items of skipped steps whose cached latents are not finite
-        self.not_finite = 0  # losses of this rank
-        self.slow: int | None = None  # the rank that was told to be slow last
+        self.not_finite = 0  # losses of this rank that were not finite
+        self.slow: int | None = None  # the rank that was last reported as slow
 
     def observe(self, window: Window) -> None:
-        """Take in the steps of `window` that were not read yet. It waits for the device, which no
-        step does; every rank must call."""
+        """Add the steps of `window` that were not read yet to the monitor. This waits for the
+        device, which steps do not; every rank must call."""
         for facts in window.read(self.world):
             self.monitor.add(facts)
 
     def read(self, state, window: Window) -> dict:
-        """Return the record of the steps of `window`; every rank must call."""
+        """Return the record of metrics of the steps in `window`; every rank must call."""
         self.observe(window)
         facts, step = window.steps, state.step
         good = [f for f in facts if not f.bad]
@@ -272,9 +271,9 @@ class Reporter:
         return values | {"eta_seconds": seconds / len(facts) * (self.config.max_steps - step)}
 
     def _tell_slow(self, wait: float, forward: float, seconds: float, steps: int) -> None:
-        """Name the rank that all others wait for, once. Every rank gives the seconds that it waited
-        for data and that its forward passes took, of the `seconds` of so many `steps`. The first
-        report is passed over: its steps were compiled."""
+        """Report the rank that all others wait for, once. Every rank gives the seconds that it
+        waited for data and those of its forward passes, out of `seconds` in all, for `steps` steps.
+        Nothing is reported the first time, when blocks are compiled."""
         if self.world.size == 1 or self.seen == 0:
             return
         by_rank = self.world.gather((wait / steps, forward / steps))
@@ -290,7 +289,8 @@ class Reporter:
         self.slow = slow
 
     def write(self, values: dict, window: Window) -> None:
-        """Write a record. StepsSkipped: too many steps had no finite loss or gradient."""
+        """Write a record of metrics. StepsSkipped if too many steps had no finite loss or
+        gradient."""
         step, skipped = values["step"], values["skipped"]
         if self.metrics:
             self.metrics.write(values)
@@ -315,7 +315,8 @@ class Reporter:
             )
 
     def _damaged_items(self) -> str:
-        """Name the items of skipped steps that are to blame, of those that this rank met."""
+        """Return a text that names the items of skipped steps on this rank whose cached latents are
+        not finite."""
         if not self.damaged:
             return ""
         more = " …" if len(self.damaged) > 5 else ""
@@ -325,7 +326,8 @@ class Reporter:
         )
 
     def _only_rank(self) -> str:
-        """Name the rank that alone met losses that are not finite; every rank must call."""
+        """Return a text that names the rank if only one rank had losses that are not finite; every
+        rank must call."""
         counts = self.world.gather(self.not_finite)
         ranks = [rank for rank, count in enumerate(counts) if count]
         if len(counts) == 1 or len(ranks) != 1:
@@ -336,9 +338,9 @@ class Reporter:
         )
 
     def _record_skipped(self, last_step: int, window: Window) -> None:
-        """Write a line for each skipped step; each rank has other items, and so another file. If no
-        rank has an id in `non_finite_loss`, the gradient alone overflowed. `step` counts the steps
-        finished before it."""
+        """Write a line for each skipped step, into a file for each rank, because ranks have
+        different items. If no rank has an id in `non_finite_loss`, the gradient alone overflowed.
+        `step` counts the steps finished before it."""
         name = f"skipped-{self.world.rank}.jsonl" if self.world.rank else "skipped.jsonl"
         path = self.run_dir / name
         with naming(path), refuse_link(path).open("a", encoding="utf-8") as file:

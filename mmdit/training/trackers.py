@@ -1,6 +1,6 @@
-"""Figures and previews of a run in a tracker as well: TensorBoard, Weights & Biases or Trackio.
-metrics.jsonl is written whatever becomes of it, and training neither stops nor waits for a tracker:
-it works in a thread of its own, and an error there is told once."""
+"""Send figures and previews of a run to a tracker as well: TensorBoard, Weights & Biases or
+Trackio. metrics.jsonl is written in any case, and training neither stops nor waits for a tracker,
+which runs in a thread of its own; an error there is reported once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mmdit.privacy import without_secrets
 from mmdit.training.media import read_back
 from mmdit.training.run_folder import sheets_in
 
-IDENTITY = "track.json"  # beside the run: how a tracker knows it, and up to which step
-NOT_FIGURES = ("step", "timestamp")  # of a record; every tracker notes the time itself
-WAITING = 10_000  # calls that may wait for a tracker; one that lets more wait hangs
-START_SECONDS, CLOSE_SECONDS = 30, 60  # patience with a network at the start and at the end
-# With these Trackio would send a run to a server, although nobody asked for that here.
+IDENTITY = "track.json"  # beside the run: its identity in a tracker, and the last steps sent
+NOT_FIGURES = ("step", "timestamp")  # of a record; trackers note the time themselves
+WAITING = 10_000  # calls that may wait for a tracker; with more, it counts as hanging
+START_SECONDS, CLOSE_SECONDS = 30, 60  # time limits for a network at the start and at the end
+# Set in the environment, these would make Trackio send a run to a server unasked.
 TRACKIO_SERVERS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID")
 
 
@@ -59,8 +59,8 @@ class TrackConfig(Section):
 
 
 class Sink(Protocol):
-    """Takes what goes to a library. `has`: the last step of this run that the library has stored;
-    None where it does not say."""
+    """Passes figures and previews to a library. `has`: the last step of this run that the library
+    has stored; None if it does not tell."""
 
     has: int | None
 
@@ -76,8 +76,8 @@ class Sink(Protocol):
 
 @dataclass
 class Identity:
-    """Under which id and name a tracker knows a run, and the last steps whose figures and preview
-    it was told. It is stored beside the run, unless `path` is None."""
+    """The id and name by which a tracker knows a run, and the last steps whose figures and preview
+    were sent. It is stored beside the run, unless `path` is None."""
 
     type: str
     id: str
@@ -88,15 +88,16 @@ class Identity:
 
     @staticmethod
     def of(track: TrackConfig, run_dir: Path, step: int, name: str) -> Identity:
-        """Return what is stored beside a run that continues at `step`; of a new run, or with
-        another tracker, a new one, which is stored."""
+        """Return the stored identity of a run that continues at `step`. For a new run, or with
+        another tracker, make a new one and store it."""
         path = run_dir / IDENTITY
         if step > 0:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 row = json.loads(read_text(path))
                 if row["type"] == track.type:
                     identity = Identity(track.type, str(row["id"]), str(row["name"]), path=path)
-                    # an older version kept no steps, and told all up to the one it stopped at
+                    # an older version stored no steps; it had sent all up to the step at which it
+                    # stopped
                     identity.figures = int(row.get("figures", step))
                     identity.preview = int(row.get("preview", step))
                     return identity
@@ -105,16 +106,16 @@ class Identity:
         return identity
 
     def store(self) -> None:
-        """Write it beside the run."""
+        """Write the identity beside the run."""
         if self.path:
             row = {key: value for key, value in vars(self).items() if key != "path"}
             write_atomically(self.path, json.dumps(row))
 
 
 class Tracker:
-    """Hands figures and previews to a sink, each step once: a resumed run does some steps again. A
-    thread opens the sink and calls it. What fails, hangs or waits for a network there ends tracking
-    and nothing else."""
+    """Passes figures and previews to a sink, each step once, although a resumed run repeats some
+    steps. A thread opens the sink and calls it. A failure, a hang or a wait for the network there
+    ends tracking and nothing else."""
 
     def __init__(self, opened: Callable[[], Sink], title: str, progress: Identity, run_dir: Path):
         self.title, self.progress = title, progress
@@ -125,22 +126,22 @@ class Tracker:
         self._thread.start()
 
     def history(self, lines: Sequence[str]) -> None:
-        """Send on what the tracker lacks of `lines`, the records up to where the run continues, and
-        of their previews: a process that is killed may take some with it."""
+        """Send what the tracker lacks of `lines`, the records up to where the run continues, and of
+        their previews: a killed process may have lost some."""
         self._ask(lambda sink: self._send_all(sink, lines))
 
     def figures(self, values: Mapping[str, Any]) -> None:
-        """Send the numbers of a record of metrics on."""
+        """Send the numbers of a record of metrics."""
         record = dict(values)
         self._ask(lambda sink: self._send(sink, record))
 
     def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
-        """Send a preview on: its sheet, and the clip if there is one."""
+        """Send a preview: its sheet, and the clip if there is one."""
         self._ask(lambda sink: self._show(sink, step, sheet, clip))
 
     def close(self, failed: bool) -> None:
-        """End tracking; `failed`: the training ended by an error. What is still to be written has
-        CLOSE_SECONDS."""
+        """End tracking. `failed`: the training ended with an error. Calls that still wait have
+        CLOSE_SECONDS to finish."""
         self._ask(lambda sink: sink.close(failed))
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)
@@ -194,7 +195,7 @@ class Tracker:
                 self.progress.preview = min(self.progress.preview, sink.has)
             while (call := self._calls.get()) is not None:
                 call(sink)
-        except Exception as error:  # whatever goes wrong there, hours of training go on
+        except Exception as error:  # whatever goes wrong there must not stop hours of training
             if not self._ended:
                 self._end(in_words(error))
 
@@ -213,7 +214,8 @@ def in_words(error: Exception) -> str:
 
 
 class TensorBoard:
-    """Event files in a folder; those of steps that are done again, after `step`, are purged."""
+    """Writes event files in a folder; events after `step`, of steps that will be repeated, are
+    purged."""
 
     has: int | None = None
 
@@ -226,7 +228,7 @@ class TensorBoard:
         self.board.flush()  # a process that is killed keeps what it reported
 
     def preview(self, step: int, sheet: Path, clip: Path | None) -> None:
-        """Show the sheet alone, which has strips of clips."""
+        """Show only the sheet, which has strips of the clips."""
         (pixels,) = read_back(sheet)
         self.board.add_image("samples", pixels, step)
         self.board.flush()
@@ -253,8 +255,8 @@ class LibraryRun:
 
 
 class Wandb(LibraryRun):
-    """A run of Weights & Biases, which a resume continues under the same id. `config`: the
-    settings that it shows."""
+    """A run of Weights & Biases, which a resume continues under the same id. `config`: the settings
+    shown with it."""
 
     def __init__(
         self, library: Any, track: TrackConfig, place: Path, identity: Identity, config: dict
@@ -291,7 +293,7 @@ class Trackio(LibraryRun):
 
     def __init__(self, library: Any, track: TrackConfig, identity: Identity, config: dict):
         self.library = library
-        # It knows runs by their names: the id tells those of equal names apart.
+        # Trackio identifies runs by name; the id tells runs of equal names apart.
         self.run = library.init(
             project=track.project,
             name=f"{identity.name}-{identity.id}",
@@ -322,7 +324,7 @@ def require_library(track: TrackConfig) -> None:
 def tracking(
     track: TrackConfig, run_dir: Path, step: int, settings: dict[str, Any], main: bool = True
 ) -> Iterator[Tracker | None]:
-    """Open the configured tracker for a run that starts at `step`, in its `main` process alone, and
+    """Open the configured tracker for a run that starts at `step`, in the `main` process alone, and
     close it when the block ends. `settings`: the whole config as plain data."""
     tracker = None
     if main and track.type == "tensorboard":
@@ -339,7 +341,7 @@ def tracking(
 
 
 def _board(run_dir: Path, step: int) -> Tracker | None:
-    """Return a tracker that writes for TensorBoard; None where it is not installed."""
+    """Return a tracker that writes for TensorBoard; None if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except (ImportError, RuntimeError, OSError):
@@ -355,8 +357,8 @@ def _board(run_dir: Path, step: int) -> Tracker | None:
 def _library_run(
     track: TrackConfig, run_dir: Path, step: int, settings: dict[str, Any]
 ) -> Tracker | None:
-    """Return a tracker that calls wandb or trackio; None if it cannot be imported, which is
-    told."""
+    """Return a tracker that calls wandb or trackio; None if the library cannot be imported, which
+    is printed."""
     require_library(track)
     if track.mode == "offline":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -373,14 +375,14 @@ def _library_run(
     def opened() -> Sink:
         if track.type == "trackio":
             return Trackio(library, track, identity, settings)
-        place = run_dir.parent  # it makes links, which a run folder may not hold
+        place = run_dir.parent  # it makes links, which are refused in a run folder
         try:
             return Wandb(library, track, place, identity, settings)
         except Exception as error:
             if track.mode == "offline":
                 raise
             print(f"wandb cannot send this run ({in_words(error)})", flush=True)
-            library.teardown()  # else it takes the id for one in use
+            library.teardown()  # otherwise it takes the id for one in use
             return Wandb(library, replace(track, mode="offline"), place, identity, settings)
 
     return Tracker(opened, track.type, identity, run_dir)

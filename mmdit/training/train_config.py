@@ -25,40 +25,42 @@ class TrainConfig(Section):
 
     # What the network learns; the sections `flow_matching:` and `diffusion:` (of ddpm) say more.
     objective: Literal["ddpm", "flow_matching"] = "flow_matching"
-    # The type of products: bfloat16 or float32. pure_bf16 keeps weights and moments in bfloat16,
-    # too (Kahan-summed).
+    # The type of matrix products: bfloat16 or float32. pure_bf16 also keeps weights and moments in
+    # bfloat16 (Kahan-summed).
     precision: Literal["bf16", "fp32", "pure_bf16"] = "bf16"
-    # Samples of a process in one micro-step.
+    # Samples that a process computes in one micro-batch.
     batch_size: int = 32
-    # Micro-steps whose gradients make one step.
+    # Micro-batches of a process in one step.
     grad_accum_steps: int = 1
     # `adamw`, or `muon` for the matrices of the blocks and adamw for the rest, at the same learning
-    # rate (`adamw8bit`: only read, from configs of old runs).
+    # rate (`adamw8bit` is only read, from configs of old runs).
     optimizer: OptimizerName = "adamw"
-    # Keep moments in the memory of the CPU: less on the GPU, a slower step.
+    # Keep moments in the memory of the CPU: less memory on the GPU, slower steps.
     offload_optimizer: bool = False
-    # Keep the frozen weights of so many first blocks in the memory of the CPU; they visit the GPU.
+    # The number of leading blocks whose frozen weights are kept in the memory of the CPU, and
+    # copied to the GPU when they compute.
     offload_blocks: int = 0
     # The learning rate.
     lr: float = 1e-4
     # Whether the learning rate stays, or falls as a cosine until `max_steps`.
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    # The share of `lr` that is left at `max_steps` under cosine.
+    # The share of `lr` that is left at `max_steps` under `cosine`.
     lr_final: float = 0.0
     # Steps over which the learning rate rises from 0.
     warmup_steps: int = 100
     # The decay of AdamW's first and second moments.
     betas: tuple[float, float] = (0.9, 0.95)
-    # Decoupled weight decay; norms, biases and positions have none.
+    # Decoupled weight decay; norms, biases and position tables have none.
     weight_decay: float = 0.01
     # The largest global norm of a gradient; 0 does not clip.
     grad_clip: float = 1.0
     # Steps of the whole run.
     max_steps: int = 1000
-    # More steps without a finite gradient than this, between two reports or in a row, stop the run.
+    # Stop the run if more steps than this, between two reports or in a row, have no finite
+    # gradient.
     max_skipped_steps: int = 10
-    # A step, save or preview that takes longer ends the job and names the process that stands
-    # still.
+    # Minutes after which a step, save or preview ends the job, with a message that names the
+    # process that hangs.
     timeout_minutes: float = 30.0
     # Compile blocks; `auto`: with CUDA, unless blocks are offloaded. A small Video MMDiT trains
     # about as fast without (docs/speed.md), and starts at once.
@@ -66,31 +68,30 @@ class TrainConfig(Section):
     # Replay steps and updates of small networks as CUDA graphs, which saves the time to launch
     # kernels.
     replays: bool = True
-    # Start from the weights of another run, checkpoint, export or LoRA file; the step starts at 0.
+    # Start at step 0 from the weights of another run, checkpoint, export or LoRA file.
     init_from: FilePath | None = None
     # Steps between two reports.
     log_every_steps: int = 50
     # Steps between two checkpoints.
     save_every_steps: int = 1000
-    # Write checkpoints from a copy while the training goes on. The copy takes as much of the
-    # host's memory as a checkpoint does of the disk.
+    # Write checkpoints from a copy while the training goes on. The copy takes as much host memory
+    # as a checkpoint takes on the disk.
     save_in_background: bool = False
     # How many checkpoints are kept; 0 keeps all.
     keep_last: int = 3
-    # Besides, those of every n-th step are kept for good; 0 keeps none.
+    # Also keep the checkpoints of every n-th step for good; 0 keeps none.
     keep_every_steps: int = 0
-    # The probability with which a caption is dropped, so that guidance has something to lead away
-    # from.
+    # The probability of dropping a caption in training, which guidance needs.
     cfg_dropout_prob: float = 0.1
     # Steps between two measurements on held-out items; 0 holds nothing out.
     val_every_steps: int = 0
     # The share of the items that is held out, chosen by a hash of their ids.
     val_share: float = 0.01
-    # How many of them are measured, at fixed times with fixed noise.
+    # How many held-out items are measured, at fixed times with fixed noise.
     val_samples: int = 64
     # Steps between two previews; 0 draws none.
     sample_every_steps: int = 0
-    # Pictures or clips of a preview; prompts are repeated.
+    # Pictures or clips of a preview; prompts are repeated if there are fewer.
     sample_num_images: int = 8
     # Steps of the sampler.
     sample_num_steps: int = 30
@@ -98,7 +99,7 @@ class TrainConfig(Section):
     sample_solver: Solver = "ab2"
     # Guidance; 1 is none.
     sample_cfg_scale: float = 3.0
-    # Guidance acts for times inside (0 is clean, 1 is noise).
+    # Guidance acts at times within this range (0 is clean, 1 is noise).
     sample_cfg_interval: tuple[float, float] = (0.0, 1.0)
     # Fresh noise in the steps of ddim: 0 is deterministic, 1 the ancestral sampler.
     sample_eta: float = 0.0
@@ -106,7 +107,7 @@ class TrainConfig(Section):
     sample_shift: float = 1.0
     # The sampler's times before the shift: `even`, or those of Wan's official code or of Diffusers.
     sample_grid: Grid = "even"
-    # Guidance of the low-noise expert of a pair, if it has another.
+    # Guidance of the low-noise expert of a pair, if it differs.
     sample_cfg_scale_low: float | None = None
     # What guidance leads away from, instead of the empty prompt.
     sample_negative_prompt: str = ""
@@ -115,7 +116,7 @@ class TrainConfig(Section):
     # The prompts of previews.
     sample_prompts: tuple[str, ...] = field(default=())
     # The folder of a CLIP (transformers layout) that scores how well previews show their prompts;
-    # null scores none. Scores are in samples/scores.jsonl and in the tracker.
+    # null scores nothing. Scores go to samples/scores.jsonl and to the tracker.
     sample_clip: FilePath | None = None
 
     def __post_init__(self):
@@ -201,8 +202,8 @@ class TrainConfig(Section):
             raise ConfigError(SAMPLER_KEYS[error.path], error.message) from None
 
     def check(self, run: Any) -> None:
-        """Refuse guidance of an expert that is not there, Muon where the denoiser is frozen,
-        and previews whose sampler has fewer noise levels than steps."""
+        """Refuse guidance of an expert that does not exist, Muon where the denoiser is frozen, and
+        previews whose sampler has fewer noise levels than steps."""
         low = self.sample_cfg_scale_low
         if low is not None and not (run.experts.enabled or run.model.expert):
             raise ConfigError(
@@ -229,12 +230,12 @@ class TrainConfig(Section):
             raise ConfigError("train.sample_num_steps", error.message) from None
 
     def sampler(self) -> SamplerConfig:
-        """Return the sampler of previews, with which the evaluation of post-training draws, too."""
+        """Return the sampler of previews, which the evaluation of post-training uses, too."""
         return SamplerConfig(**{name: getattr(self, key) for name, key in SAMPLER_KEYS.items()})
 
     @property
     def autocast(self) -> bool:
-        """Return whether products are taken in bfloat16."""
+        """Return whether matrix products are computed in bfloat16."""
         return self.precision != "fp32"
 
     def compiles(self, device: str) -> bool:

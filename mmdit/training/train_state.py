@@ -1,5 +1,5 @@
-"""All that moves in a training: weights, optimizer, averages, metrics, the step; and what of it a
-checkpoint keeps."""
+"""Everything that changes in a training: weights, optimizer, averages, metrics, the step; and the
+parts of it that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from mmdit.training.train_config import TrainConfig
 
 @dataclass
 class TrainState:
-    """All that moves. `step` counts finished optimizer steps and is the only position: data order,
-    noise, dropout and the learning rate are functions of `(seed, step)`."""
+    """Everything that changes. `step` counts finished optimizer steps and is the only position:
+    data order, noise, dropout and the learning rate are functions of `(seed, step)`."""
 
     learner: Learner
     optimizer: Optimizer
@@ -58,7 +58,7 @@ class TrainState:
         ema = EMA(ema_config, learner) if ema_config.enabled else None
         state = TrainState(learner, optimizer, ema, Monitor(tuple(learner.parts())))
         scheduled = alpha_schedule is not None and alpha_schedule.enabled
-        if scheduled or not learner.sharded:  # for them shards are gathered in every step
+        if scheduled or not learner.sharded:  # signs would gather shards in every step
             state.signs = _signs(learner)
         if alpha_schedule and scheduled:
             state.schedule = AlphaSchedule(
@@ -67,13 +67,13 @@ class TrainState:
         return state
 
     def averages(self) -> dict:
-        """Return the averages by parameter; nothing where none are kept."""
+        """Return the averages by parameter; an empty dict if none are kept."""
         if self.ema is None:
             return {}
         return {p: self.ema.shadow[name] for name, p in self.ema.parameters.items()}
 
     def alphas(self) -> dict[str, float | None]:
-        """Return, by expert, the alpha in force of its first adapter."""
+        """Return, by expert, the alpha in force in its first adapter; None without adapters."""
         result: dict[str, float | None] = {}
         for name, part in self.learner.parts().items():
             layer = next(iter(adapters(part).values()), None)
@@ -93,14 +93,14 @@ class TrainState:
         return files
 
     def notes(self) -> dict:
-        """Return what a checkpoint keeps beside its tensors."""
+        """Return what a checkpoint holds in monitor.json."""
         notes = {"monitor": self.monitor.state()}
         if self.schedule:
             notes["alpha_schedule"] = self.schedule.state()
         return notes
 
     def restore(self, folder: Path) -> list[str]:
-        """Take over the state of a checkpoint; return what to tell a person."""
+        """Take over the state of a checkpoint; return lines to print."""
         configured = alphas(self.learner.model)
         meta = checkpoint.Meta.read(folder)
         assign(
@@ -147,7 +147,7 @@ class TrainState:
 
     def _reach(self, configured: dict[str, float]) -> list[str]:
         """Give adapters the alphas of the config where a checkpoint had others, as
-        `alpha_schedule.on_change: preserve` would; return what to tell a person."""
+        `alpha_schedule.on_change: preserve` would; return lines to print."""
         layers = adapters(self.learner.model)
         changed = {name: alpha for name, alpha in configured.items() if layers[name].alpha != alpha}
         if not changed:
@@ -164,7 +164,7 @@ class TrainState:
 
 
 def _signs(learner: Learner) -> Signs | None:
-    """Return the memory of the adapters' signs; None where an expert trains no adapter."""
+    """Return the sign history of the adapters; None if an expert trains no adapter."""
     if not adapters(learner.model):
         return None
     trained: dict[str, list[nn.Parameter]] = {}

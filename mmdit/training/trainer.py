@@ -1,4 +1,4 @@
-"""The training loop. It receives built parts and moves `state` forward; everything else looks at
+"""The training loop. It receives built parts and advances `state`; everything else only reads
 `state`."""
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from mmdit.training.watch import Watch
 
 class StopRequest:
     """SIGTERM, SIGHUP (the terminal was closed) and SIGINT ask for a stop after the current step; a
-    second SIGINT interrupts at once. `heard`: how many came to the trainings of this process."""
+    second SIGINT interrupts at once. `heard`: how many signals trainings of this process
+    received."""
 
     heard = 0
 
@@ -56,7 +57,8 @@ class StopRequest:
 
 @dataclass
 class Trainer:
-    """`batches` yields, per step from `state.step` on, the list of this rank's micro-batches."""
+    """`batches(step, max_steps)` yields, for each step from `step` on, the list of this rank's
+    micro-batches."""
 
     config: TrainConfig
     seed: int
@@ -71,12 +73,12 @@ class Trainer:
     tracker: Tracker | None = None
     background: BackgroundSaves | None = None  # in which `save` writes; None: at once
     saved: int = field(default=0, init=False)  # the step of the newest checkpoint
-    moving: bool = field(default=False, init=False)  # between the old state and the new one
+    moving: bool = field(default=False, init=False)  # within an optimizer step
     updates: update_graph.ReplayedUpdates | None = field(default=None, init=False)
 
     def run(self) -> bool:
-        """Train to `max_steps`, and save at the end. Return True when it got there, False when it
-        was asked to stop."""
+        """Train to `max_steps`, and save at the end. Return True if it got there, False if it was
+        asked to stop."""
         config, state, world = self.config, self.state, self.world
         compiles, on_gpu = config.compiles(world.device.type), world.device.type == "cuda"
         if compiles:
@@ -123,7 +125,7 @@ class Trainer:
                 if self._is_due(config.save_every_steps, last):
                     watch.at(state.step, "saving")
                     if self.background:
-                        self.background.wait()  # its error would find these steps not saved
+                        self.background.wait()  # raise its error before this step counts as saved
                     self.saved = state.step
                     self.save(state)
                 if self._is_due(config.sample_every_steps, last):
@@ -138,7 +140,8 @@ class Trainer:
         return state.step >= config.max_steps
 
     def _advance(self, reporter: Reporter, window: Window) -> None:
-        """Count the step that was taken, and move what follows the weights: averages and alphas."""
+        """Count the step that was taken, and update what depends on the weights: averages and
+        alphas."""
         state = self.state
         state.step += 1
         if state.ema:
@@ -150,15 +153,15 @@ class Trainer:
         self.moving = False
 
     def _is_due(self, every: int, last: bool) -> bool:
-        """Return whether to do now what is done every so many steps (0: never)."""
+        """Return whether an action that is due every `every` steps (0: never) is due now."""
         return every > 0 and (last or self.state.step % every == 0)
 
     @contextlib.contextmanager
     def _rescuing(self, observe: Callable[[], None]):
-        """Save the steps since the last checkpoint before an error ends the training, where the
-        state is whole: an item of the cache that is gone or a report that cannot be written does
-        not make the weights worse. One of several processes cannot know that the others are as
-        far."""
+        """Save the steps since the last checkpoint when an error ends the training, provided that
+        the state is consistent: a missing cache item or a report that cannot be written does not
+        spoil the weights. With several processes nothing is saved, because one cannot know whether
+        the others have got as far."""
         try:
             yield
         except StepsSkipped as error:
@@ -179,13 +182,13 @@ class Trainer:
             raise
 
     def _record_end(self, error: Exception) -> None:
-        """Note why the training ends, for those who look at its folder; a full memory is noted with
-        the items of its step."""
+        """Record why the training ends, for readers of its folder. (When memory is full,
+        `_memory_full` has recorded it, with the items of the step.)"""
         if not isinstance(error.__cause__, torch.OutOfMemoryError):
             record_failure(self.run_dir, "training", self.state.step, self.world.rank, error)
 
     def _untimed(self, timer: Timer, look: Callable[[TrainState], dict | None] | None) -> dict:
-        """Return what `look` makes of the state; its time does not count as training."""
+        """Return what `look` returns for the state; its time does not count as training."""
         begin = time.perf_counter()
         values = look(self.state) if look else None
         self.state.learner.train()
@@ -200,7 +203,7 @@ class Trainer:
         global batch."""
         config, state, device = self.config, self.state, self.world.device
         state.optimizer.set_lr(lr)
-        # nn.Dropout draws from torch's global generator.
+        # nn.Dropout uses torch's global generator.
         torch.manual_seed(key(self.seed, "dropout", state.step, self.world.rank) & (2**63 - 1))
         plan, frames = state.learner.experts, micro_batches[0].latents.shape[1]
         expert = plan.active(state.step, frames) if plan else None

@@ -1,5 +1,5 @@
-"""Limits of a config that comes with weights: it may not choose code, fetch anything, or ask for
-all memory. `config` is an ExperimentConfig, which this layer does not know."""
+"""Limits for a config that comes with weights: it may not choose code to run, fetch anything, or
+ask for all memory. `config` is an ExperimentConfig, a type that this layer does not import."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmdit.training import checkpoint
 
 
 def refuse_foreign_code(config, overrides: list[str], source: Path) -> None:
-    """Weights are data. A config that comes with them may not choose whose Python is run: only
-    the command line may."""
+    """Raise ConfigError if the config names a folder of Python code that the command line does not
+    name. Weights are data, and must not choose which code is run."""
     repository = config.tokenizer.repo_path
     asked = config_io.apply_overrides({}, overrides).get("tokenizer")
     if repository is not None and not (
@@ -28,9 +28,9 @@ def refuse_foreign_code(config, overrides: list[str], source: Path) -> None:
 
 
 def stay_offline(config, overrides: list[str]):
-    """Return the config with a text encoder that is not fetched. One that comes with weights may
-    name an encoder of the hub; only the command line, by its name or `local_files_only`, has it
-    fetched."""
+    """Return the config with a text encoder that is not fetched. A config that comes with weights
+    may name an encoder of a hub, but it is fetched only if the command line names it or sets
+    `local_files_only`."""
     encoder = config.text_encoder
     if encoder.local_files_only or asks_for("text_encoder.name_or_path", overrides):
         return config
@@ -40,15 +40,15 @@ def stay_offline(config, overrides: list[str]):
 
 
 def asks_for(key: str, overrides: list[str]) -> bool:
-    """Return whether the command line sets a key, by its dotted name."""
+    """Return whether the command line sets `key` (a dotted name)."""
     section, _, name = key.rpartition(".")
     asked = config_io.apply_overrides({}, overrides).get(section)
     return isinstance(asked, dict) and name in asked
 
 
 def check_sizes(config, weights: checkpoint.Weights) -> None:
-    """Raise ValueError before anything is built if the stored config asks for a network that the
-    stored tensors cannot be: a few bytes could ask for all the memory there is."""
+    """Raise ValueError, before anything is built, if the stored config asks for a network that
+    cannot be the stored one: a few bytes of config could ask for all memory."""
     shapes = [tuple(tensor.shape) for tensor in weights.tensors.values()]
     longest = max((length for shape in shapes for length in shape), default=0)
     model, text, lora = config.model, config.text_encoder, config.lora

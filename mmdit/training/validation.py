@@ -1,5 +1,5 @@
-"""Loss on held-out items at fixed times with fixed noise: curves that a few training steps do not
-shake."""
+"""Loss on held-out items at fixed times with fixed noise, so that curves are smooth from one
+measurement to the next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ QUANTILES = 9
 class Validation:
     """Callable on a `TrainState`, by all ranks together. Every held-out item is measured at the
     middles of `QUANTILES` equal parts of the distribution of times, each item with noise of its
-    own; step and number of processes do not enter. Of several sources each is measured.
+    own, whatever the step and the number of processes. If there are several sources, each is
+    measured.
     """
 
     config: TrainConfig
@@ -30,8 +31,8 @@ class Validation:
     world: World
 
     def __call__(self, state: TrainState) -> dict[str, float | None]:
-        """Return `val_loss` (their mean), `val_loss_q1` (the clearest) … `q9` (the noisiest),
-        `val_loss_ema` of the averaged weights, and of several sources `val_loss/<name>` of each;
+        """Return `val_loss` (the mean), `val_loss_q1` (the clearest times) … `q9` (the noisiest),
+        `val_loss_ema` with averaged weights, and, with several sources, `val_loss/<name>` of each;
         None where a loss is not finite."""
         tables = [self._measure(state, source) for source in self.batches.sources]
         losses = _means(sum(tables[1:], tables[0]))
@@ -48,7 +49,7 @@ class Validation:
 
     @torch.no_grad()
     def _measure(self, state: TrainState, source: LatentBatches) -> Tensor:
-        """Return the sums and counts `(2, QUANTILES)` of the losses of a source's items."""
+        """Return sums and counts of the losses of a source's items, `(2, QUANTILES)`."""
         device, size = self.world.device, self.config.batch_size
         table = torch.zeros(2, QUANTILES, device=device, dtype=torch.float64)  # sums and counts
         state.learner.eval()
@@ -56,7 +57,7 @@ class Validation:
         with state.learner.eager():
             for items in source.held_out(self.config.val_samples):
                 samples = len(items.ids) * QUANTILES
-                # Every rank takes part in each round, with repeats if need be.
+                # Every rank takes part in each round; the last round repeats samples to fill up.
                 rounds = math.ceil(samples / (size * self.world.data_size))
                 everything = torch.arange(rounds * size * self.world.data_size)
                 for numbers in everything[self.world.data_rank :: self.world.data_size].split(size):

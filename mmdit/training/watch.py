@@ -1,5 +1,4 @@
-"""A training that stands still is ended, and the rank that stands is named: who, in which step,
-doing what."""
+"""End a training that hangs, and report which rank hangs, in which step and phase."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ from mmdit.training import checkpoint
 from mmdit.training.distributed import World
 from mmdit.training.errors import RunError
 
-STORE_SECONDS = 5  # patience with the store: it may be what died
+STORE_SECONDS = 5  # time limit for the store, which may itself have died
 SHOWN = 8  # ranks named in a message
 
 
 class Watch:
-    """The loop calls `at(step, phase)`; a thread publishes it about once a second and looks at the
-    clock. When one phase takes longer than `minutes`, the process prints what every rank does and
-    its own stacks, and ends (as the others will: a hanging collective cannot be called off). A rank
-    that dies makes the others fail at once: they name it by the same table.
+    """The loop calls `at(step, phase)`; a thread publishes it about once a second and checks the
+    time. When one phase takes longer than `minutes`, the process prints what every rank is doing
+    and its own stacks, and exits (as the others will: a hanging collective cannot be cancelled).
+    When a rank dies, the others fail at once, and name it by the same table.
     """
 
     def __init__(self, world: World, minutes: float, run_dir: Path | None = None):
@@ -39,13 +38,13 @@ class Watch:
         self._done = threading.Event()
 
     def at(self, step: int, phase: str) -> None:
-        """`step` is the one in work, counted from 1."""
+        """Note the current step, counted from 1, and the phase."""
         self._now = (step, phase, time.monotonic())
 
     @contextlib.contextmanager
     def running(self):
-        """Watch inside the `with` block, and raise RunError instead of the RuntimeError by which a
-        collective reports a lost peer."""
+        """Watch within the `with` block. A RuntimeError by which a collective reports a lost
+        process is raised as a RunError."""
         thread = threading.Thread(target=self._look, name="watch", daemon=True)
         thread.start()
         try:
@@ -62,8 +61,8 @@ class Watch:
             raise
         finally:
             self._done.set()
-            # However long its last word to the store takes: a thread that is inside a call of torch
-            # when the interpreter ends takes the process down with it ("terminate called without
+            # Wait for the thread, however long its last call to the store takes: a thread inside a
+            # call of torch when the interpreter ends aborts the process ("terminate called without
             # an active exception").
             thread.join()
 
@@ -72,7 +71,7 @@ class Watch:
         while not self._done.wait(pause):
             step, phase, since = self._now
             asleep, woke = time.monotonic() - woke - pause, time.monotonic()
-            if asleep > pause:  # SIGSTOP: the whole process slept, and stood still in nothing
+            if asleep > pause:  # SIGSTOP: the whole process slept, and did not hang
                 since += asleep
                 self._now = (step, phase, since)
             self._publish(step, phase)
@@ -92,7 +91,7 @@ class Watch:
                 os._exit(2)
 
     def _published(self, rank: int) -> list | None:
-        """Return what a rank published last, None for nothing. RuntimeError: no store."""
+        """Return what a rank published last, None if nothing. RuntimeError if the store is gone."""
         assert self._store is not None
         key = f"watch/{rank}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
@@ -106,8 +105,9 @@ class Watch:
                 self._store.set(f"watch/{self.world.rank}", json.dumps([step, phase, time.time()]))
 
     def table(self) -> str:
-        """Return a line a rank of where it is, the silent and the hindmost first. It takes two
-        seconds, in which the silent become known by their silence: clocks of machines differ."""
+        """Return a line for each rank that says where it is, silent ranks and those furthest behind
+        first. It takes two seconds: a rank that publishes nothing in them is silent. (Times cannot
+        be compared, because the clocks of machines differ.)"""
         if not self._store:
             return "It is the only process."
         try:

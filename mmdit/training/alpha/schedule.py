@@ -1,14 +1,14 @@
-"""Alpha of adapters in named phases: how strongly each step moves them, changed when the loss has
-come to rest.
+"""Alpha of adapters in named phases: it sets how much each step changes the adapters' output, and
+moves to the next phase when the loss has reached a plateau.
 
 A phase ends after `min_steps` (of its expert) when its exit criteria hold. `tested`, the default,
-asks for a plateau that a test can tell: over W = max(200, 4800 CV²) steps, where chance moves the
-relative slope by 5 %, the loss changes by less than 10 % and by less than two standard errors, and
-gradients agree in sign more than by chance. Each window is judged once: looking at overlapping ones
-again and again would accept anything in the end. `image` and `video` are the thresholds documented
-for the AI-Toolkit fork that the idea is from, judged at every look; a slope below 0.005 a step is
-met by nearly every loss curve, and R² above a threshold by few plateaus, so they are for
-comparison.
+asks for a plateau that a statistical test can tell: over W = max(200, 4800 CV²) steps, where chance
+moves the relative slope by 5 %, the loss changes by less than 10 % and by less than two standard
+errors, and gradients agree in sign more than by chance. Each window is tested once: testing
+overlapping ones again and again would accept anything in the end. `image` and `video` are the
+thresholds documented for the AI-Toolkit fork that the idea is from, tested at every look. They are
+for comparison: nearly every loss curve has a slope below 0.005 a step, and few plateaus have an R²
+above a threshold.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from mmdit.training.alpha.trend import LONGEST, WINDOW, LossHistory, Trend
 from mmdit.training.optim import Optimizer
 
 LOOK = 10  # steps between two looks at the criteria
-CHANCE = 4800  # times CV²: steps in which chance moves the relative slope by CV sqrt(12 / W) = 5 %
+CHANCE = 4800  # times CV²: steps after which chance moves the slope by CV sqrt(12 / W) = 5 %
 
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """Criteria that end a phase, all of which must hold; null asks nothing."""
+    """Criteria that end a phase when all of them hold; null leaves one out."""
 
-    # The slope of the loss, times the window, over its mean, is below this in size.
+    # The absolute slope of the loss, times the window, over its mean, is below this.
     relative_slope: float | None = None
-    # The slope of the loss in its standard errors is below this in size.
+    # The absolute slope of the loss, in standard errors of the slope, is below this.
     t: float | None = None
-    # Gradients agree in sign at least by chance and so many standard errors.
+    # Gradients agree in sign by this many standard errors more often than by chance.
     stability_errors: float | None = None
-    # The slope of the loss a step is below this in size.
+    # The absolute slope of the loss per step is below this.
     slope: float | None = None
     # R² of a straight line through the losses is above this.
     r2: float | None = None
@@ -50,7 +50,7 @@ class ExitConfig:
     stability: float | None = None
     # The coefficient of variation of the loss is below this.
     cv: float | None = None
-    # Steps of the window; null chooses it by the noise of the losses: max(200, 4800 CV²).
+    # Steps of the window; null derives it from the noise of the losses: max(200, 4800 CV²).
     samples: int | None = None
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class ExitConfig:
             )
 
     def window(self, losses: list[float]) -> int | None:
-        """Return how many steps a judgement needs; None where that is not known yet."""
+        """Return how many steps the criteria need; None while that is not known."""
         if self.samples is not None:
             return self.samples
         recent = Trend.of(losses[-WINDOW:]) if len(losses) >= WINDOW else None
@@ -72,7 +72,7 @@ class ExitConfig:
 
     def met(self, history: LossHistory) -> bool:
         """Return whether the last window of `history` meets all criteria; False where a number that
-        one asks for is missing."""
+        one of them needs is missing."""
         window = self.window(history.levelled)
         if window is None:
             return False
@@ -126,8 +126,8 @@ class PhaseConfig:
     # Alpha of the low-noise expert, where it differs.
     low: float | None = None
     # What ends the phase after `min_steps`: a preset (`tested`: a plateau that a test can tell;
-    # `image`, `video`: the thresholds of an AI-Toolkit fork; `steps`: nothing more) or criteria one
-    # by one.
+    # `image`, `video`: the thresholds of an AI-Toolkit fork; `steps`: no further criterion), or
+    # criteria one by one.
     exit: Literal["tested", "image", "video", "steps"] | ExitConfig = "tested"
 
     def __post_init__(self):
@@ -151,14 +151,13 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class AlphaScheduleConfig(Section):
-    """The section `alpha_schedule:`, for runs with adapters; its alpha is in force in place of
-    `lora.alpha`."""
+    """The section `alpha_schedule:`, for runs with adapters. Its alphas replace `lora.alpha`."""
 
     # Whether alpha follows the phases.
     enabled: bool = False
-    # `preserve` rescales one factor, its moments and its average: the model stays the same
-    # function, and alpha changes only how fast it moves. `ramp` goes linearly over `ramp_steps`;
-    # `jump` changes at once.
+    # `preserve` rescales one factor of each adapter, with its moments and its average: the model's
+    # output stays the same, and alpha changes only how fast it learns. `ramp` changes alpha
+    # linearly over `ramp_steps`; `jump` changes it at once.
     on_change: Literal["preserve", "ramp", "jump"] = "preserve"
     # Steps of a ramp.
     ramp_steps: int = 100
@@ -206,8 +205,8 @@ class AlphaScheduleConfig(Section):
 def keep_strength(
     layer: Adapter, alpha: float, optimizer: Optimizer, averages: dict[nn.Parameter, Tensor]
 ) -> None:
-    """Change the alpha of an adapter that goes on computing what it did: one of its factors is
-    rescaled, and with it its average and what the optimizer keeps of it."""
+    """Change the alpha of an adapter without changing what it computes: one of its factors is
+    rescaled, together with its average and its state in the optimizer."""
     ratio, factor = set_alpha(layer, alpha, preserve=True), layer.outer
     if factor in averages:
         averages[factor].mul_(ratio)
@@ -216,8 +215,9 @@ def keep_strength(
 
 @dataclass
 class Progress:
-    """Where one expert is. `start`: alpha when a ramp began, `began` steps into the phase;
-    `judged_at`: steps of the phase at the last judgement, which did not end it."""
+    """The position of one expert in the schedule. `start`: alpha when the current ramp began, None
+    without one; `began`: the step of the phase at which it began; `judged_at`: the step of the
+    phase at which the criteria were last tested, without ending it."""
 
     phase: int = 0
     start: float | None = None
@@ -226,8 +226,8 @@ class Progress:
 
 
 class AlphaSchedule:
-    """Moves the alpha of the adapters in `models` (by expert; "" where there are none) along the
-    phases. `optimizer` and `averages` (by parameter) follow what is rescaled."""
+    """Moves the alpha of the adapters in `models` (by expert; "" where there are none) through the
+    phases. `optimizer` and `averages` (by parameter) follow when a factor is rescaled."""
 
     def __init__(
         self,
@@ -241,12 +241,12 @@ class AlphaSchedule:
         self.progress = {name: Progress() for name in models}
         self.history: list[dict] = []
         for name in models:
-            # New adapters are zero; others go on computing what they did.
+            # New adapters are zero; others keep computing what they did.
             self._set(name, config.phases[0].alpha_of(name), preserve=True)
 
     def begin(self, histories: dict[str, LossHistory]) -> None:
-        """Begin the first phase in a run that goes on and had no schedule: its steps so far are of
-        no phase, and its alpha moves to that of the phase as `on_change` says."""
+        """Begin the first phase in a run that is continued and had no schedule before. Its steps so
+        far belong to no phase, and its alpha moves to that of the phase as `on_change` says."""
         for expert in self.progress:
             histories[expert].reset()
             self._follow(expert, 0)
@@ -259,11 +259,12 @@ class AlphaSchedule:
         return self.config.phases[self.progress[expert].phase]
 
     def due(self, step: int) -> bool:
-        """Return whether `look` must be called after this step: on a ramp after each."""
+        """Return whether `look` must be called after this step; during a ramp, after each."""
         return step % LOOK == 0 or any(p.start is not None for p in self.progress.values())
 
     def look(self, step: int, histories: dict[str, LossHistory]) -> list[str]:
-        """Begin the phases that are due and move alphas; return a line for each new phase."""
+        """Begin the phases whose time has come, and move alphas; return a line for each new
+        phase."""
         lines = []
         for expert, progress in self.progress.items():
             history = histories[expert]
@@ -311,8 +312,9 @@ class AlphaSchedule:
         return criteria.met(history)
 
     def _follow(self, expert: str, steps: int) -> None:
-        """Set alpha to what it is `steps` into the phase, and begin a ramp if it is another one: in
-        a new phase, or where a resume changed that of the phase."""
+        """Set the alpha of an expert for `steps` into its phase. If alpha differs from that of the
+        phase, in a new phase or because a resume changed the config, begin a ramp where `on_change`
+        says so."""
         progress, alpha = self.progress[expert], self.phase(expert).alpha_of(expert)
         ramps = self.config.on_change == "ramp"
         if ramps and progress.start is None and alpha != self.alpha(expert):
@@ -327,8 +329,8 @@ class AlphaSchedule:
 
     @torch.no_grad()
     def _set(self, expert: str, alpha: float, preserve: bool) -> None:
-        """Set the alpha of an expert's adapters; with `preserve` they go on computing what they
-        did."""
+        """Set the alpha of an expert's adapters; with `preserve`, what they compute stays the
+        same."""
         for layer in self.layers[expert]:
             if layer.alpha == alpha:
                 continue
@@ -338,7 +340,7 @@ class AlphaSchedule:
                 set_alpha(layer, alpha)
 
     def state(self) -> dict:
-        """Return what a checkpoint keeps, as JSON."""
+        """Return the state for a checkpoint, as JSON."""
         experts = {
             name: {
                 "phase": p.phase,
@@ -352,9 +354,10 @@ class AlphaSchedule:
         return {"experts": experts, "history": self.history}
 
     def restore(self, state: dict) -> None:
-        """Take over what `state` gave (the alphas in force come with the weights); a changed alpha
-        of the config is then reached as `on_change` says. The phase is known by its name, wherever
-        it stands now. ValueError if it is of other experts or phases."""
+        """Take over what `state` returned (the alphas in force come with the weights). If the
+        config has another alpha now, it is then reached as `on_change` says. A phase is recognised
+        by its name, wherever in the list it stands now. ValueError if the state has other experts
+        or phases."""
         if state["experts"].keys() != self.progress.keys():
             raise ValueError(
                 f"the stored alpha schedule is of the experts {list(state['experts'])}, the config"
@@ -362,7 +365,7 @@ class AlphaSchedule:
             )
         names = [phase.name for phase in self.config.phases]
         for expert, stored in state["experts"].items():
-            # earlier versions stored its number alone
+            # earlier versions stored the number of the phase alone
             phase = names.index(stored["name"]) if stored.get("name") in names else stored["phase"]
             if stored.get("name") not in (None, *names) or not 0 <= phase < len(names):
                 raise ValueError(

@@ -1,6 +1,6 @@
-"""Does the gradient know where it is going? The share of its elements that have the sign they had
-the last time: 0.5 is chance, below it steps are too long. One bit a parameter, held by expert, so
-that each is compared with its own history.
+"""Measure how consistent gradients are: the share of their elements that have the same sign as the
+last time. 0.5 is chance, and below it steps are too long. One bit is kept for each parameter and
+expert, so that each expert is compared with its own history.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mmdit.training.memory.shards import whole
 
 
 def pack(flags: Tensor) -> Tensor:
-    """Pack `(n,)` bool into `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are one integer, and a
+    """Pack `(n,)` bool into `(⌈n / 8⌉,)` uint8. Eight bytes of 0 or 1 are read as one integer; the
     product moves byte i to bit 56 + i of it."""
     eight = nn.functional.pad(flags.view(torch.uint8), (0, -len(flags) % 8)).view(torch.int64)
     return (eight * 0x0102040810204080 >> 56).to(torch.uint8)
@@ -28,9 +28,8 @@ def unpack(bits: Tensor, count: int) -> Tensor:
 
 class _SignHistory:
     """Remembers, for every element of `parameters`, the sign of its last gradient that was not 0. A
-    tensor whose gradients have all been 0 (LoRA's A in the first step) has none yet; an element
-    that was 0 is not counted, and keeps its bit. Gradients that are cut over processes are
-    gathered."""
+    tensor whose gradients have all been 0 (LoRA's A in the first step) has no signs yet; an element
+    whose gradient is 0 is not counted, and keeps its bit. Sharded gradients are gathered."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
@@ -62,15 +61,16 @@ class _SignHistory:
 
 
 class Signs:
-    """`groups`: expert → its parameters, one at least. Nothing waits for the device."""
+    """Compares the signs of gradients. `groups`: expert → its parameters, at least one. Nothing
+    waits for the device."""
 
     def __init__(self, groups: dict[str, list[nn.Parameter]]):
         self.history = {name: _SignHistory(parameters) for name, parameters in groups.items()}
 
     @torch.no_grad()
     def compare(self, expert: str, skipped: Tensor) -> Tensor:
-        """Compare the gradients of a backward pass; return `(2,)` float64: elements that agree and
-        elements compared. A skipped step leaves no trace."""
+        """Compare the gradients of a backward pass with the last signs; return `(2,)` float64, the
+        numbers of elements that agree and that were compared. A skipped step changes nothing."""
         return self.history[expert].compare(skipped)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class Signs:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave. ValueError: it is of other parameters."""
+        """Take over what `tensors` returned. ValueError if it belongs to other parameters."""
         current = self.tensors()
         shapes = {name: tensor.shape for name, tensor in current.items()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:

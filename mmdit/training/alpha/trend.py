@@ -1,5 +1,5 @@
-"""Where a loss is going: regression over a window, exponential means, and the loss without the
-share that the draw of t has."""
+"""The trend of a loss: regression over a window, exponential means, and the loss without the part
+that is due to the drawn times."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-BINS = 16  # of noise level
-SPANS = (10, 50, 100)  # steps that the exponential means look back
+BINS = 16  # of noise levels
+SPANS = (10, 50, 100)  # spans of the exponential means, in steps
 WINDOW = 200  # steps of the reported slope
-FEWEST = 20  # samples below which nothing is said of a trend
+FEWEST = 20  # samples; with less, no trend is reported
 LONGEST = 8192  # steps kept
-PATIENCE = 100  # visits over which the mean loss of a noise level is taken
+PATIENCE = 100  # visits of a noise level over which its mean loss is taken
 
 
 @dataclass(frozen=True)
 class Trend:
-    """Least squares over the steps of a window: `slope` a step, `t` in standard errors, `cv`:
-    standard deviation / mean."""
+    """A least-squares line through the losses of a window: `slope` per step, `t`: the slope in
+    standard errors, `cv`: standard deviation / mean."""
 
     samples: int
     mean: float
@@ -54,14 +54,14 @@ class Trend:
 
 
 def ema(mean: float | None, value: float, span: int) -> float:
-    """Move an exponential mean that looks `span` steps back; the first value begins it."""
+    """Return an exponential mean over about `span` steps, moved by `value`; None begins it."""
     return value if mean is None else mean + 2 / (span + 1) * (value - mean)
 
 
 @dataclass
 class StepFacts:
-    """One step of all ranks: sums and counts of the finite losses by noise level (`BINS`), and the
-    sum of their times."""
+    """The results of one step, over all ranks: sums and counts of the finite losses by noise level
+    (`BINS`), and the sum of their times."""
 
     sums: list[float]
     counts: list[float]
@@ -69,7 +69,7 @@ class StepFacts:
     norm: float
     bad: bool  # skipped: loss or gradient not finite
     expert: str
-    agreeing: float = 0.0  # elements of the gradient with the sign of last time
+    agreeing: float = 0.0  # elements of the gradient with the same sign as last time
     compared: float = 0.0
 
     @property
@@ -80,8 +80,8 @@ class StepFacts:
 @dataclass
 class LossHistory:
     """The losses of one expert (of the one network, without experts) and how its gradients agree in
-    sign. These are plain numbers, stored as JSON. `losses` and `levelled` (without the part that t
-    explains) and `stabilities` are of the steps since `reset`, at most `LONGEST`; means go on."""
+    sign: plain numbers, stored as JSON. `losses`, `levelled` (without the part that t explains) and
+    `stabilities` hold the steps since `reset`, at most `LONGEST`; the means go on over resets."""
 
     steps: int = 0  # since reset
     losses: list[float] = field(default_factory=list)
@@ -94,7 +94,7 @@ class LossHistory:
     visits: list[int] = field(default_factory=lambda: [0] * BINS)
 
     def add(self, facts: StepFacts) -> None:
-        """Take in a step, unless it was skipped."""
+        """Add a step, unless it was skipped."""
         loss = facts.loss
         if facts.bad or loss is None:
             return
@@ -113,9 +113,9 @@ class LossHistory:
             del values[:-LONGEST]
 
     def _levelled(self, facts: StepFacts) -> float:
-        """Return the loss of a step without the part that the draw of t has: each sample's loss is
-        divided by the running mean of its noise level, and their mean is multiplied by the mean of
-        these means. On that common scale a trend stays as it is."""
+        """Return the loss of a step without the part that is due to the drawn times: each sample's
+        loss is divided by the running mean of its noise level, and the mean of these ratios is
+        multiplied by the mean of all levels. On this common scale a trend stays visible."""
         levels = [i for i, count in enumerate(facts.counts) if count]
         losses = {i: facts.sums[i] / facts.counts[i] for i in levels}
         weights = list(self.visits)
@@ -135,7 +135,7 @@ class LossHistory:
         return levelled * overall
 
     def reset(self) -> None:
-        """Begin a new phase, whose trend is not that of the last one."""
+        """Begin a new phase, with a trend of its own."""
         self.steps, self.losses, self.levelled, self.stabilities = 0, [], [], []
 
     @property
@@ -150,8 +150,8 @@ class LossHistory:
         return 0.5 / math.sqrt(self.compared) if self.compared else None
 
     def values(self) -> dict:
-        """Return what metrics.jsonl records, by its documented names; None where nothing is known
-        yet."""
+        """Return what metrics.jsonl records, by the documented names; None where a value is not
+        known yet."""
         trend = Trend.of(self.losses[-WINDOW:])
         values = {
             "loss_slope": trend and trend.slope,

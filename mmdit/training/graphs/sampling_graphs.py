@@ -1,5 +1,5 @@
-"""The network's calls in one sampling run, where weights and captions stay as they are: only
-latents and times change."""
+"""CUDA graphs for the calls of a network in one sampling run: weights and captions stay the same,
+and only latents and times change."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Call = Callable[[Tensor, Tensor], Tensor]  # latents, times → prediction
 
 
 def first_call(call: Call, x: Tensor, t: Tensor) -> Tensor:
-    """Call on the stream of the capture to come: what is made once (tables, kernels, workspaces,
-    cast weights) is made here."""
+    """Call the network on the stream that will capture it, so that everything that is created only
+    once (tables, kernels, workspaces, cast weights) exists before the capture."""
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
@@ -37,9 +37,9 @@ def first_call(call: Call, x: Tensor, t: Tensor) -> Tensor:
 
 
 class Replay:
-    """`call(x, t)` as one CUDA graph, which costs the CPU one launch; for arguments shaped like the
-    given ones. RuntimeError where something in it cannot be captured (what waits for the GPU, as
-    `.item()` does). See torch's notes, CUDA graphs.
+    """`call(x, t)` as one CUDA graph, which costs the CPU a single launch; for arguments with the
+    shapes of the given ones. RuntimeError if something in it cannot be captured, such as an
+    operation that waits for the GPU (`.item()`).
     """
 
     def __init__(self, call: Call, x: Tensor, t: Tensor, pool: object):
@@ -57,8 +57,8 @@ class Replay:
 
 
 def captured(call: Call, x: Tensor, t: Tensor) -> Call:
-    """Return a `Replay`, or where that fails the call itself; a warning says so, and no other
-    capture is tried."""
+    """Return a `Replay` of the call. If the capture fails, return the call itself, with a warning,
+    and try no further captures."""
     pool = torch.cuda.graph_pool_handle()
     try:
         return Replay(call, x, t, pool)
@@ -74,14 +74,14 @@ def captured(call: Call, x: Tensor, t: Tensor) -> Call:
 
 
 class Calls:
-    """`calls(model, x, t, text)` is `model(x, t, text)`. Of a network that can be captured, what
-    depends on the text alone is computed in the first call with this very `text`; on CUDA the
-    second call is captured, and it and those that follow are replayed: bit for bit the same.
-    Leaving the context, which belongs outside autocast's, frees all that. Any other network is
-    called as it is."""
+    """`calls(model, x, t, text)` is `model(x, t, text)`. For a network that can be captured,
+    whatever depends on the text alone is computed in the first call with this `text` object; on
+    CUDA the second call is captured, and from then on calls are replayed, with results that are the
+    same bit for bit. Leaving the context, which must lie outside autocast's, frees all that. Any
+    other network is called directly."""
 
     def __enter__(self) -> Calls:
-        # The text is held, so that no other object has its id.
+        # Holding the text keeps its id from being used for another object.
         self.made: dict[tuple, tuple[TextTokens, Call]] = {}
         return self
 
@@ -94,7 +94,7 @@ class Calls:
     def __call__(
         self, model: Denoiser, x: Tensor, t: Tensor, text: TextTokens, **inputs: Any
     ) -> Tensor:
-        # shards are gathered by whole calls alone
+        # Sharded weights are gathered by hooks, which a replay would not run.
         if inputs or gathers_weights(model) or not model.can_be_captured(training=False):
             return model(x, t, text, **inputs)
         signature = (id(model), id(text), x.shape, x.dtype)

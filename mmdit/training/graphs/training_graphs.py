@@ -1,5 +1,5 @@
-"""Training steps of small networks as CUDA graphs: forward and backward pass cost the CPU one
-launch each.
+"""Training steps of small networks as CUDA graphs: the forward and the backward pass cost the CPU
+one launch each.
 
 Launching the kernels of a block takes three to ten milliseconds, depending on the CPU but not on
 the size of the block; a GPU that needs less than that is idle. A replay runs the same kernels as a
@@ -36,17 +36,17 @@ from mmdit.training.memory.shards import gathers_weights
 # Operations of a block's forward and backward pass. An H200 takes longer for more than these than a
 # slow CPU takes to launch them.
 SMALL = 5e12
-SIGNATURES = 8  # calls with graphs, at most: buckets, pictures or clips, text lengths
-# How far a replay may be from a call, as a multiple of how far two calls are from each other, and
-# at most, as a share of the size of a tensor.
+SIGNATURES = 8  # with graphs, at most: buckets, pictures or clips, text lengths
+# How far a replay may be from a call: at most SPREADS times the distance of two calls, and at most
+# UNLIKE of the size of a tensor.
 SPREADS, UNLIKE = 4, 0.01
-ROOM = 0.05  # share of the GPU's memory for the gradients that the graphs of each signature keep
+ROOM = 0.05  # of the GPU's memory, for the gradients that all graphs keep
 
 
 def suits(model: Denoiser) -> bool:
-    """Return whether steps of `model` can be replayed: not where they depend on more than inputs
-    and weights (dropout, an adapter's alpha), nor where hooks belong to them (shards, activations
-    that wait in the memory of the CPU)."""
+    """Return whether steps of `model` can be replayed. They cannot if they depend on more than
+    inputs and weights (dropout, an adapter's alpha), or if they need hooks (shards, offloaded
+    activations)."""
     if gathers_weights(model) or adapters(model):
         return False
     return model.can_be_captured(training=True)
@@ -55,7 +55,8 @@ def suits(model: Denoiser) -> bool:
 def operations(
     model: Denoiser, shape: torch.Size | tuple[int, ...], text_tokens: int, keep: Tensor | None
 ) -> float:
-    """Return the operations of a block, forward and backward, on latents `(b, f, r, c, d)`."""
+    """Return the number of operations of a block, forward and backward, on latents of the `shape`
+    `(b, f, r, c, d)`."""
     kept = None if keep is None else len(keep)
     samples, *grid = shape[:4]
     frames, rows, columns = grid
@@ -64,15 +65,15 @@ def operations(
 
 
 def memory(device: torch.device) -> int:
-    """Return the bytes of a GPU."""
+    """Return the size of a GPU's memory in bytes."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 class Recorded:
-    """`call(weights, *inputs)` and its gradients with respect to the weights and those inputs that
-    want one, as two graphs; for inputs shaped like the given ones. Nothing outside refers to the
-    graphs' memory, where any replay of any graph may write. `faithful`: whether they give the
-    numbers of the call itself. RuntimeError where something cannot be captured.
+    """`call(weights, *inputs)` and its gradients with respect to the weights and to those inputs
+    that require one, as two graphs, for inputs with the shapes of the given ones. The graphs'
+    memory is private: any replay of any graph may write to it. `faithful`: whether the graphs
+    reproduce the numbers of the call. RuntimeError if something cannot be captured.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class Recorded:
             given.detach().clone().requires_grad_(given.requires_grad) for given in inputs
         ]
         self.weights, device = list(weights.values()), inputs[0].device
-        # The same memory, but not the same leaves: those belong to the stream of training, as DDP
-        # keeps them.
+        # These parameters share the weights' memory, but are other leaves: the weights belong to
+        # the stream of training, where DDP keeps them.
         shared = {name: nn.Parameter(weight.detach()) for name, weight in weights.items()}
         leaves = [leaf for leaf in (*self.inputs, *shared.values()) if leaf.requires_grad]
 
@@ -104,7 +105,8 @@ class Recorded:
 
         main, side = torch.cuda.current_stream(device), side_stream(device)
         side.wait_stream(main)
-        # What is made once for a stream is made here, also by the thread of backward passes.
+        # Run twice on the capturing stream: whatever is created once for a stream is then created,
+        # also by the thread of the backward pass.
         with torch.cuda.stream(side):
             expected, again = results(), results()
         main.wait_stream(side)
@@ -117,8 +119,8 @@ class Recorded:
                 self.gradients = gradients(output)
         self.output = output.detach()
         self.faithful = repeats(expected, again, [self.run(), *self.run_back()])
-        self.waiting = False  # for the backward pass
-        # An input that wants a gradient, also where no other does.
+        self.waiting = False  # whether a backward pass is outstanding
+        # An input that requires a gradient, in case no other does.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def run(self) -> Tensor:
@@ -134,14 +136,14 @@ class Recorded:
         return copies
 
     def __call__(self, direct: bool, *inputs: Tensor) -> Tensor:
-        """Replay a step. With `direct` this object adds the gradients of the weights to them; else
-        autograd does, for those whose hooks wait there."""
+        """Replay the forward pass. With `direct`, this object adds the gradients of the weights in
+        the backward pass; otherwise autograd does, so that hooks on the weights run."""
         visible = [self.anchor] if direct else self.weights
         wanted = [leaf for leaf in inputs if leaf.requires_grad]
         return _Step.apply(self, direct, inputs, *wanted, *visible)
 
     def put(self, gradients: list[Tensor | None]) -> None:
-        """Add gradients to those of the weights as autograd does, without its 8 µs a weight."""
+        """Add gradients to those of the weights as autograd does, but without its 8 µs a weight."""
         sums, terms = [], []
         for weight, gradient in zip(self.weights, gradients):
             if gradient is None:
@@ -156,7 +158,7 @@ class Recorded:
 
 
 def laid_out_like(leaf: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Return a gradient with its elements in the order of `leaf`, on which optimizers rely."""
+    """Return a gradient laid out in memory like `leaf`, on which optimizers rely."""
     if gradient is None or gradient.stride() == leaf.stride():
         return gradient
     return torch.empty_like(leaf).copy_(gradient)
@@ -165,7 +167,7 @@ def laid_out_like(leaf: Tensor, gradient: Tensor | None) -> Tensor | None:
 def repeats(
     expected: list[Tensor | None], again: list[Tensor | None], replayed: list[Tensor | None]
 ) -> bool:
-    """Return whether a replay is as near to what a call gave as another call is: where calls repeat
+    """Return whether a replay is about as close to a call as another call is. Where calls repeat
     bit for bit, the replay must, too."""
     spread = max(map(distance, expected, again))
     return max(map(distance, expected, replayed)) <= min(SPREADS * spread, UNLIKE)
@@ -173,7 +175,7 @@ def repeats(
 
 def distance(a: Tensor | None, b: Tensor | None) -> float:
     """Return the distance of two tensors relative to the size of the first: 0 if they are equal bit
-    for bit, whatever the payload of a nan; infinite if one is missing or nothing but zero."""
+    for bit (any nan equals any other), infinite if only one is given, or only the first is zero."""
     if a is None or b is None:
         return 0.0 if a is b else math.inf
     a, b = a.nan_to_num().double(), b.nan_to_num().double()
@@ -205,15 +207,15 @@ class _Step(torch.autograd.Function):
 
 
 class Replays:
-    """`replays(x, t, text, …)` is `model(x, t, text, …)`. On CUDA a small network's first call of a
-    signature (shapes and types of the inputs) is made as it is; those that follow are replayed,
-    each with its backward pass before the next."""
+    """`replays(x, t, text, …)` is `model(x, t, text, …)`. On CUDA, the first call of a small
+    network with a signature (shapes and types of the inputs) runs directly. Later ones are
+    replayed, provided that the backward pass of each runs before the next call."""
 
     def __init__(self, model: Denoiser):
         self.model = model
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.made: dict[tuple, Recorded | None] = {}
-        self.direct = True  # nobody else waits for the gradients, as DDP does
+        self.direct = True  # no one else, such as DDP, waits for the gradients
         self.pool: Any = None  # one for all graphs: a step is over before the next one begins
         self.able = True
 
@@ -263,7 +265,8 @@ class Replays:
             rest = dict(zip(names, values, strict=True))
             text = TextTokens(rest.pop("embeddings"), rest.pop("valid"))
             device = values[0].device.type
-            # A cast that autocast keeps would belong to one graph, and be missing in another.
+            # Without autocast's cache: a cached cast would belong to one graph and be missing in
+            # another.
             with torch.autocast(
                 device,
                 torch.get_autocast_dtype(device),

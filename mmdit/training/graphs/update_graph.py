@@ -1,9 +1,9 @@
 """The update of a small network's weights (clipping, Muon, AdamW) as one CUDA graph.
 
-Clipping, Muon and AdamW launch some six hundred kernels whatever the size of the matrices, which
-takes the CPU about ten milliseconds, and the GPU two where the network is small. A replay runs the
-very kernels that ran before; that it leaves the same weights and moments, bit for bit, is checked
-when a graph is made."""
+Clipping, Muon and AdamW launch some six hundred kernels whatever the size of the matrices. This
+takes the CPU about ten milliseconds, and the GPU two if the network is small. A replay runs the
+very kernels that ran before. When a graph is made, it is checked that it leaves the same weights
+and moments, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from mmdit.training.memory.shards import is_sharded
 from mmdit.training.muon import StackedMuon
 from mmdit.training.optim import Optimizer, clip_and_guard
 
-MOST_WEIGHTS = (
-    2**27
-)  # trained elements; where there are more, the GPU takes longer than the launches
+MOST_WEIGHTS = 2**27  # trained elements; for more, the GPU takes longer than the launches
 SIGNATURES = 4  # sets of weights that are trained together, as by pictures and by clips
 
 
 def suits(optimizer: Optimizer) -> bool:
-    """Return whether the updates of `optimizer` can be replayed: those of a small network whose
-    weights and moments lie whole on a GPU."""
+    """Return whether the updates of `optimizer` can be replayed: its network is small, and weights
+    and moments lie on a GPU, unsharded."""
     whole = all(type(part) in (torch.optim.AdamW, StackedMuon) for part in optimizer.parts)
     parameters = list(optimizer.part_of)
     return (
@@ -40,8 +38,8 @@ def suits(optimizer: Optimizer) -> bool:
 
 
 class RecordedUpdate:
-    """`take()` as a graph, for gradients of `parameters`. RuntimeError where something in it cannot
-    be captured. A capture runs nothing."""
+    """`take()` as a graph, for gradients of `parameters`; the capture itself updates nothing.
+    RuntimeError if something in it cannot be captured."""
 
     def __init__(
         self, take: Callable[[], tuple[Tensor, ...]], parameters: list[nn.Parameter], pool: object
@@ -64,8 +62,8 @@ class RecordedUpdate:
 
 
 class ReplayedUpdates:
-    """`updates()` is `clip_and_guard(optimizer, max_norm)` and the optimizer's step. The first one
-    for a set of weights is taken as it is; those that follow are replayed."""
+    """`updates()` runs `clip_and_guard(optimizer, max_norm)` and the optimizer's step. The first
+    update of a set of weights runs directly; later ones are replayed."""
 
     def __init__(self, optimizer: Optimizer, max_norm: float):
         self.optimizer, self.max_norm = optimizer, max_norm
@@ -75,13 +73,13 @@ class ReplayedUpdates:
         optimizer.hold_rates()
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Take the step; return `(norm, skipped)` of `clip_and_guard`."""
+        """Update the weights; return `(norm, skipped)` of `clip_and_guard`."""
         parameters = [p for p in self.optimizer.part_of if p.grad is not None]
         if not (self.able and parameters):
             return self._take()
         signature = self._signature(parameters)
         if signature not in self.made:
-            result = self._take()  # the first makes the moments
+            result = self._take()  # the first step creates the moments
             if len(self.made) < SIGNATURES:
                 self.made[self._signature(parameters)] = None
             return result
@@ -97,18 +95,19 @@ class ReplayedUpdates:
         return norm, skipped
 
     def _changing(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Return the weights, and what the optimizer keeps of them."""
+        """Return the tensors that an update changes: the weights and their states in the
+        optimizer."""
         kept = [self.optimizer.part_of[p].state[p].values() for p in parameters]
         return [*parameters, *(value for values in kept for value in values)]
 
     def _signature(self, parameters: list[nn.Parameter]) -> tuple[int, ...]:
-        """Return the places in memory where a graph of this update writes."""
+        """Return the addresses of the memory to which a graph of this update writes."""
         return tuple(tensor.data_ptr() for tensor in self._changing(parameters))
 
     @contextmanager
     def _capturable(self) -> Iterator[None]:
-        """Have torch's AdamW believe that it can be captured, as its fused kernels can. Said at all
-        times it would warn of steps that are not."""
+        """Within this context, declare torch's AdamW capturable, which its fused kernels are. If
+        that were declared for good, steps that are not captured would warn."""
         groups = [
             g for part in self.optimizer.parts for g in part.param_groups if "capturable" in g
         ]
@@ -124,7 +123,8 @@ class ReplayedUpdates:
     def _record(
         self, signature: tuple[int, ...], parameters: list[nn.Parameter]
     ) -> tuple[Tensor, Tensor]:
-        """Take the step as it is and as a graph, and keep the graph if both leave the same."""
+        """Take the step directly and then as a graph, and keep the graph if both have the same
+        result."""
         changing, device = self._changing(parameters), parameters[0].device
         gradients = _gradients(parameters)  # AdamW clips them in place
         self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -134,7 +134,7 @@ class ReplayedUpdates:
             before = _copies([*changing, *gradients])
             main, side = torch.cuda.current_stream(device), side_stream(device)
             side.wait_stream(main)
-            with torch.cuda.stream(side):  # what is made once for a stream is made here
+            with torch.cuda.stream(side):  # creates what exists once for a stream
                 results = self._take()
             main.wait_stream(side)
             norm, skipped = (result.clone() for result in results)

@@ -1,4 +1,4 @@
-"""Stored tensors put into a network, an average or a policy, sharded or not."""
+"""Copy stored tensors into a network, an average or a policy, sharded or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OF_EXPERTS = ("model.high.", "model.low.")
 
 
 def _sections(odd: list[str]) -> str:
-    """Return in words which sections of a config decide over these names."""
+    """Return, in words, the sections of a config that decide which of these names exist."""
     adapted = [is_adapter(name) for name in odd]
     names = [] if all(adapted) else ["model:", "text_encoder:"]
     names += ["lora:"] if any(adapted) else []
@@ -31,10 +31,10 @@ def assign(
     source: str,
     fresh: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Copy `tensors` into `current` (a `state_dict()`, sharded or not), strictly: names and shapes
-    must agree, except those for which `fresh(name)` holds (adapters that start new). Of what lies
-    in files and is sharded here a process reads its part, and vouches for that alone. ValueError
-    lists what differs, or names a weight that is no finite number."""
+    """Copy `tensors` into `current` (a `state_dict()`, sharded or not). Names and shapes must
+    agree, except for the names for which `fresh(name)` holds: these may be missing (new adapters).
+    Where `current` is sharded and the tensors are in files, a process reads and checks its own part
+    alone. ValueError lists what differs, or names a weight that is not finite."""
     if isinstance(tensors, (Stored, Chosen)):
         stored = tensors.shapes
     else:

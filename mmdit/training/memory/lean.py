@@ -1,4 +1,4 @@
-"""Optimizers that need less memory: for weights in bfloat16, and with moments in the memory of the
+"""Optimizers that need less memory: AdamW for weights in bfloat16, and moments in the memory of the
 CPU."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK = 2**26  # parameters whose moments are on the GPU at a time
 
 
 def to_bfloat16(module: nn.Module) -> None:
-    """Cast all weights to bfloat16 but those of adapters, which are few and learn by small
+    """Cast all weights to bfloat16 except those of adapters, which are few and learn by small
     steps."""
     for name, weight in module.named_parameters():
         if weight.dtype != torch.bfloat16 and not is_adapter(name):
@@ -25,10 +25,10 @@ def to_bfloat16(module: nn.Module) -> None:
 
 
 class SplitAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) for weights in bfloat16. What rounding takes from a weight
-    is kept in a second bfloat16 (`rest`; Kahan's summation, as in Zamirai et al. 2020, 2010.06192),
-    so that small updates add up as with 16 significant bits. Moments are bfloat16, the arithmetic
-    is float32. 10 bytes a parameter with its gradient; float32 takes 16.
+    """AdamW (Loshchilov & Hutter 2019) for weights in bfloat16. A second bfloat16 (`rest`) keeps
+    what rounding takes from a weight (Kahan's summation, as in Zamirai et al. 2020, 2010.06192), so
+    that small updates add up as with 16 significant bits. Moments are bfloat16, the arithmetic is
+    float32. It takes 10 bytes a parameter with its gradient; float32 takes 16.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float]):
@@ -49,7 +49,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 step = state["step"].item()
                 beta1, beta2 = group["betas"]
-                numbers = torch.tensor(  # a tensor: they change, the compiled graph does not
+                numbers = torch.tensor(  # as a tensor: numbers would be compiled in
                     (
                         group["lr"],
                         group["lr"] * group["weight_decay"],
@@ -88,14 +88,14 @@ def _update(
 
 @cache
 def _compiled_update() -> Callable[..., None]:
-    """Return `_update` for a GPU. It is compiled when it is first asked for: already the call of
-    torch.compile imports the compiler, which takes as long as everything else of a command."""
+    """Return `_update` compiled for a GPU, at the first call. Even calling torch.compile imports
+    the compiler, which takes as long as all other imports of a command."""
     return torch.compile(_update, dynamic=True)
 
 
 def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:
-    """Yield parameter groups, cut so that each list has at most CHUNK elements (or one
-    parameter)."""
+    """Yield lists of parameter groups, cut so that each list has at most CHUNK elements (or a
+    single parameter)."""
     chunk: list[dict] = []
     size = 0
     for group in groups:
@@ -111,8 +111,8 @@ def in_chunks(groups: list[dict]) -> Iterator[list[dict]]:
 
 
 class Parking:
-    """Moments live in the memory of the CPU, page-locked if `pinned`, and visit the device of their
-    parameters while these are stepped."""
+    """Keeps moments in the memory of the CPU, page-locked if `pinned`, and brings them to the
+    device of their parameters for a step."""
 
     def __init__(self, pinned: bool):
         self.memory = PageLocked(pinned)

@@ -1,5 +1,5 @@
-"""Frozen blocks whose matrices wait in the memory of the CPU, and come to the GPU one block ahead
-of the computation."""
+"""Frozen blocks whose matrices are kept in the memory of the CPU, and are copied to the GPU one
+block ahead of the computation."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from mmdit.training.learner import Learner
 
 
 class Streamer:
-    """Streams the frozen weights of linear layers of `blocks`, which are listed in the order in
-    which they compute, from CPU to GPU memory. They leave the modules for page-locked memory, and
-    two blocks' worth of memory on `device` takes turns: while one block computes, a second stream
-    fills the other with the next one in the direction of travel, which turns round at the ends:
-    forward, backward and recomputing all find theirs there. ValueError: nothing is frozen there."""
+    """Streams the frozen weights of the linear layers of `blocks`, in the order in which the blocks
+    compute, from CPU to GPU memory. The weights are moved to page-locked memory. On `device` there
+    is memory for two blocks: while one block computes, a second CUDA stream fills the other half
+    with the next block in the current direction. The direction turns round at the ends, so forward,
+    backward and recomputation all find their block there. ValueError if a block has nothing
+    frozen."""
 
     def __init__(self, blocks: list[nn.Module], device: torch.device):
         self.device = device
-        # The pinned CPU memory of each block, and the two pieces of GPU memory that take turns.
+        # The pinned CPU memory of each block, and the two buffers of GPU memory that alternate.
         memory, sizes = PageLocked(device.type == "cuda"), [*map(_size, blocks)]
         if 0 in sizes:
             raise ValueError(
@@ -86,7 +87,7 @@ class Streamer:
         return _both(views, self.slots[self.holds.index(number)])
 
     def forget(self) -> None:
-        """Forget what the slots hold, because pinned memory is about to be written to."""
+        """Mark the GPU buffers as empty, because pinned memory is about to be written to."""
         if self.side:
             self.side.synchronize()
         self.holds, self.last = [None, None], -1
@@ -97,7 +98,7 @@ class Streamer:
         if self.side is None:
             self.slots[slot][: len(pinned)].copy_(pinned)
             return
-        # Wait for what computes with the block that is there now.
+        # Wait for the work that uses the block in this buffer.
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             self.slots[slot][: len(pinned)].copy_(pinned, non_blocking=True)
@@ -105,27 +106,27 @@ class Streamer:
 
 
 def _layout(layers: list[nn.Linear]) -> tuple[list[list[Tensor]], list[int]]:
-    """Return what is kept of each layer, and the byte where each part of it begins, with the end of
-    all."""
+    """Return the tensors to keep of each layer, and the byte offset of each of them, followed by
+    the total size."""
     kept = [parts_of(layer.weight) for layer in layers]
     sizes = (aligned(part.nbytes) for parts in kept for part in parts)
     return kept, [0, *accumulate(sizes)]
 
 
 def _size(block: nn.Module) -> int:
-    """Return the bytes that a `Streamer` keeps of a block."""
+    """Return how many bytes of a block a `Streamer` keeps."""
     return _layout(linear_layers(block))[1][-1]
 
 
 def _both(views: Sequence[Callable[[Tensor], Tensor]], memory: Tensor) -> Parts:
-    """Return codes and scales as they lie in `memory`."""
+    """Return the views of codes and scales (None without scales) in `memory`."""
     codes, *scale = (view(memory) for view in views)
     return codes, scale[0] if scale else None
 
 
 def slot_bytes(blocks: Iterable[nn.Module]) -> tuple[int, int, int]:
-    """Return the bytes that a `Streamer` of these blocks would move from the device, take on the
-    device, and take on the CPU."""
+    """Return the bytes that a `Streamer` of these blocks would remove from the device, allocate on
+    the device, and allocate on the CPU."""
     sizes = [*map(_size, blocks)]
     return sum(sizes), 2 * max(sizes), page_locked_bytes(sizes)
 
@@ -136,8 +137,8 @@ def _view(offset: int, size: int, dtype: torch.dtype, shape: torch.Size, memory:
 
 def move_to_device(learner: Learner, offload_blocks: int, device: torch.device) -> None:
     """Move `learner` to `device`, but the frozen matrices of its first `offload_blocks` blocks (of
-    each expert) to page-locked memory; on a CPU there is nothing to gain, which a warning says.
-    ConfigError: there are fewer blocks, or trained ones.
+    each expert) to page-locked memory. On a CPU there is nothing to gain, and a warning says so.
+    ConfigError if there are fewer blocks, or if one of them has no frozen layer.
     """
     if offload_blocks and device.type == "cuda":
         _offload(learner, offload_blocks, device)
@@ -148,7 +149,7 @@ def move_to_device(learner: Learner, offload_blocks: int, device: torch.device) 
             stacklevel=2,
         )
     learner.to(device)
-    # All processes read the same stored weights: DDP must not send them round.
+    # All processes read the same stored weights: DDP must not broadcast them.
     stored = [
         name for name, weight in learner.named_parameters() if isinstance(weight, StoredWeight)
     ]

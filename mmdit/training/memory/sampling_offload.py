@@ -1,10 +1,10 @@
-"""Sampling with networks that do not fit on the GPU together: they wait in the memory of the CPU,
-and accelerate's hooks bring each to the GPU when it is called. The samples stay the same bit for
-bit: weights are moved, never changed.
+"""Sampling with networks that do not fit on the GPU together: they are kept in the memory of the
+CPU, and accelerate's hooks bring each to the GPU when it is called. The samples stay the same bit
+for bit: weights are moved, never changed.
 
-model        each network visits as a whole, and the one before it leaves: the text encoder, the
-             denoiser (of a pair the expert of the moment), the tokenizer
-sequential   of the denoisers, besides, one block visits at a time
+model        one network at a time is on the GPU, as a whole: the text encoder, the denoiser (of a
+             pair, the expert in use), or the tokenizer
+sequential   the same, except that of the denoisers one block at a time is on the GPU
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Offload = Literal["none", "model", "sequential"]
 
 def offload_pipeline(pipeline: Pipeline, offload: Offload) -> None:
     """Prepare a pipeline whose networks are on the CPU to compute on `pipeline.device`; in place,
-    once all weights are as they shall be. ConfigError: accelerate is missing, or cannot move such
-    weights."""
+    after all changes to weights have been made. ConfigError if accelerate is missing, or cannot
+    move such weights."""
     if offload == "none":
         return
     try:
@@ -64,8 +64,8 @@ def offload_pipeline(pipeline: Pipeline, offload: Offload) -> None:
 
 
 def stages(network: nn.Module) -> list[nn.Module]:
-    """Return the parts of a network that visit one after the other: its blocks, and what lies
-    before and behind them."""
+    """Return the parts of a network that are on the GPU one after the other: its blocks, and the
+    layers before and behind them."""
     result: list[nn.Module] = []
     for part in network.children():
         result += part if isinstance(part, nn.ModuleList) else [part]
@@ -73,7 +73,7 @@ def stages(network: nn.Module) -> list[nn.Module]:
 
 
 class Visits:
-    """Networks of which one at a time is on `device`: calling one sends the others back."""
+    """Networks of which one at a time is on `device`: calling one moves the others back."""
 
     def __init__(self, networks: Iterable[nn.Module], device: torch.device):
         from accelerate import cpu_offload_with_hook
@@ -88,7 +88,7 @@ class Visits:
             network.register_forward_pre_hook(lambda module, _: self.send_home(module))
 
     def send_home(self, but: nn.Module | None = None) -> None:
-        """Move all networks but one back to the memory of the CPU."""
+        """Move all networks except `but` back to the memory of the CPU."""
         for network, hook in self.hooks.items():
             away = next(network.parameters()).device.type != "cpu"
             if network is not but and away:
@@ -96,7 +96,7 @@ class Visits:
                 torch.cuda.empty_cache()
 
     def call(self, networks: list[nn.Module], function: Callable[[Tensor], Tensor], x: Tensor):
-        """Return `function(x)`, a method that computes with `networks`."""
+        """Return `function(x)`, with `networks`, which it uses, on the device meanwhile."""
         self.send_home()
         for network in networks:
             if network in self.hooks:

@@ -1,5 +1,5 @@
-"""Named tensors in safetensors files: whole in one file, or as the parts that the processes of a
-sharded training wrote."""
+"""Named tensors in safetensors files: in one file, or in the parts that the processes of a sharded
+training wrote."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ from mmdit.weights import Entry, tensor_pieces
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-SHAPES = "shapes.json"  # beside the parts, the whole shapes: else an absent part goes unnoticed
+SHAPES = "shapes.json"  # beside the parts, the whole shapes: they show if a part is missing
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in the headers of the parts
 
 
-# `torch.distributed.tensor` and its tables of operators are half a second of the start of a
-# command. Nothing is cut where they are not imported, so that nothing here imports them to ask.
+# Importing `torch.distributed.tensor` and its tables of operators takes half a second of the start
+# of a command. Nothing can be sharded before it is imported, so the checks here look it up without
+# importing it.
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Return whether each process holds a part of the tensor."""
+    """Return whether each process holds only a part of the tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathers_weights(module: nn.Module) -> bool:
-    """Return whether the module gathers the weights of its processes for each call."""
+    """Return whether the module gathers its weights from all processes for each call (FSDP)."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 class Stored(Mapping[str, Tensor]):
-    """`name.safetensors`, or else the parts in the folder `name/`, by tensor name. Tensors are read
-    when asked for, one at a time, so that processes can take their shards of what would not fit.
-    ValueError names a damaged or incomplete file; nothing is ever unpickled."""
+    """The tensors, by name, in `name.safetensors`, or else in the parts in the folder `name/`.
+    Tensors are read one at a time when they are asked for, so that processes can take their shards
+    of what would not fit in memory. ValueError names a damaged or incomplete file; nothing is ever
+    unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -81,7 +83,7 @@ class Stored(Mapping[str, Tensor]):
     def _check_parts(self, shapes: dict[str, list[int]]) -> None:
         for name, shape in shapes.items():
             self.shapes[name] = torch.Size(shape)
-            end = 0  # the parts are rows, one behind the other
+            end = 0  # the parts are runs of rows, one behind the other
             self._parts[name].sort(key=lambda part: part[2])
             for _, sizes, offsets in self._parts[name]:
                 if math.prod(sizes) and (
@@ -125,7 +127,7 @@ class Stored(Mapping[str, Tensor]):
         return len(self._parts)
 
     def entries(self) -> dict[str, Entry]:
-        """Return the shape of every tensor, whole, and its type as the headers name it."""
+        """Return the shape of every whole tensor, and its type by the name in the headers."""
         result = {}
         for name, parts in self._parts.items():
             dtype = parts[0][0].get_slice(name).get_dtype()
@@ -133,7 +135,7 @@ class Stored(Mapping[str, Tensor]):
         return result
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Return `count` rows of a tensor from row `first` on; no others are read."""
+        """Return the `count` rows of a tensor from row `first` on; no other rows are read."""
         pieces = []
         try:
             for file, shape, offsets in self._parts[name]:
@@ -149,8 +151,8 @@ class Stored(Mapping[str, Tensor]):
 
 
 class Chosen(Mapping[str, Tensor]):
-    """Tensors of one or several `Stored`, by names of their own: `places` says the file and the
-    name there of each. They are read when asked for."""
+    """Tensors from one or several `Stored` under new names: `places` gives the `Stored` and the
+    name in it for each. They are read when they are asked for."""
 
     def __init__(self, places: Mapping[str, tuple[Stored, str]]):
         self.places = dict(places)
@@ -170,14 +172,14 @@ class Chosen(Mapping[str, Tensor]):
         return len(self.places)
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """See `Stored.rows`."""
+        """Return rows of a tensor, see `Stored.rows`."""
         stored, key = self.places[name]
         return stored.rows(key, first, count)
 
 
 def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Return the tensors that `names`, from new names to those of `tensors`, lists; what lies in
-    files stays there."""
+    """Return the tensors that `names` lists, a mapping from new names to those in `tensors`.
+    Tensors in files are not read yet."""
     if isinstance(tensors, Chosen):
         return Chosen({name: tensors.places[key] for name, key in names.items()})
     return {name: tensors[key] for name, key in names.items()}
@@ -186,10 +188,10 @@ def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[
 def write(
     folder: Path, name: str, tensors: dict[str, Tensor], world: World
 ) -> dict[str, list[int]]:
-    """Write one file by the main process, or, where a tensor is sharded (then every process of
-    `world` must call), the folder `name/` by torch.distributed.checkpoint as safetensors: the
-    format it has by default is pickled. Returns `[bytes, CRC-32]` of the file; parts are summed by
-    who reads them. OSError or SafetensorError."""
+    """Write `tensors` as one file, by the main process; or, if a tensor is sharded (then every
+    process of `world` must call), as the folder `name/`, by torch.distributed.checkpoint in
+    safetensors (its default format is pickled). Returns the file's name and its `[bytes, CRC-32]`;
+    the sums of parts are left to whoever reads them. OSError or SafetensorError if that fails."""
     if any(is_sharded(tensor) for tensor in tensors.values()):
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
@@ -223,7 +225,7 @@ def write(
 
 
 def own_rows(cut: Tensor) -> tuple[int, int]:
-    """Return the first of the rows that this process has of a sharded tensor, and their number."""
+    """Return the first of this process's rows of a sharded tensor, and their number."""
     assert is_sharded(cut) and cut.placements[-1].is_shard(0), "FSDP cuts rows"
     rows, mesh = cut.shape[0], cut.device_mesh
     most = -(-rows // mesh.size(mesh.ndim - 1))
@@ -232,8 +234,8 @@ def own_rows(cut: Tensor) -> tuple[int, int]:
 
 
 def place(value: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor on the device and in the type of `like`; where that is sharded, the
-    part of this process."""
+    """Return a whole tensor on the device and in the type of `like`; if `like` is sharded, the part
+    of this process."""
     value = value.to(like.device, like.dtype)
     if is_sharded(like):
         from torch.distributed.tensor import distribute_tensor
@@ -241,27 +243,27 @@ def place(value: Tensor, like: Tensor) -> Tensor:
         shard = distribute_tensor(
             value.reshape(like.shape), like.device_mesh, like.placements, src_data_rank=None
         )
-        return shard.clone()  # else every part would keep the whole
+        return shard.clone()  # a clone, or every part would keep the whole alive
     return value
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered (every process must ask), a `StoredWeight` unpacked, and any
-    other as it is."""
+    """Return a sharded tensor gathered (every process must call), a `StoredWeight` unpacked, and
+    any other tensor as it is."""
     if isinstance(tensor, StoredWeight):
         return tensor.whole()
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of this process, in the same memory: what works on each element alone needs
-    no more."""
+    """Return this process's part of a tensor, in the same memory; enough for element-wise
+    operations."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @contextmanager
 def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have `parameters` hold `values`, sharded like them, inside the `with` block."""
+    """Let `parameters` hold `values`, sharded like them, within the `with` block."""
     kept = {name: local(p.detach()).clone() for name, p in parameters.items()}
     try:
         _write(parameters, values)
@@ -270,7 +272,8 @@ def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
         _write(parameters, kept)
         first = next(iter(parameters.values()))
         if is_sharded(first) and first.device.type == "cuda":
-            # The backward pass of a call before this block gathers on streams that would not wait.
+            # The backward pass of a call made before this block gathers weights on other streams,
+            # which would not wait for the copies.
             torch.cuda.current_stream(first.device).synchronize()
 
 

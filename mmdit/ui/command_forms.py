@@ -25,7 +25,7 @@ NO_PATHS = {
         "variant",
         "sizes",
     ),
-    *("kind", "offload", "prompts", "solver", "expert"),
+    *("kind", "offload", "prompts", "solver", "expert", "targets"),
 }
 # Settings with paths in them, `PATH[,key=value…]`; any other text is one path, whatever it holds.
 SETTINGS = {"features"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,25 +60,32 @@ class Draws:
     """Keyed draws for the samples `indices (B,)` of one step's global batch. `seed`: one for all
     samples, or a tuple with one for each. Draws of one number a sample (an empty `shape`) are made
     on the device of `indices`, in training the CPU, since launching their fifty kernels on a GPU
-    takes longer. Draws with a shape are made on `device`, or where `indices` lie if it is None."""
+    takes longer. Draws with a shape are made on `device`, or where `indices` lie if it is None.
+    `keys`: the key of every purpose, which then replaces seed and step; a CUDA graph reads them
+    from a tensor."""
 
     seed: int | tuple[int, ...]
     step: int
     indices: Tensor
     device: torch.device | None = field(default=None, kw_only=True)
+    keys: Mapping[str, int | Tensor] | None = field(default=None, kw_only=True)
 
     @staticmethod
     def of(seed: int, step: int, count: int, device: torch.device | str = "cpu") -> Draws:
         return Draws(seed, step, torch.arange(count, device=device))
 
+    def _keys(self, purpose: str) -> int | Tensor:
+        """Return the key of a purpose, or one for each sample."""
+        if self.keys is not None:
+            return self.keys[purpose]
+        if isinstance(self.seed, int):
+            return key(self.seed, purpose, self.step)
+        each = [key(seed, purpose, self.step) for seed in self.seed]
+        return torch.tensor(each, dtype=torch.int64, device=self.indices.device)
+
     def bits(self, purpose: str, *shape: int) -> Tensor:
         """Return int64 `(B, *shape)`, uniform over all 64-bit patterns."""
-        keys: int | Tensor
-        if isinstance(self.seed, int):
-            keys = key(self.seed, purpose, self.step)
-        else:
-            each = [key(seed, purpose, self.step) for seed in self.seed]
-            keys = torch.tensor(each, dtype=torch.int64, device=self.indices.device)
+        keys = self._keys(purpose)
         rows = _mix(_mix(self.indices.long() * _GOLDEN + keys))
         if shape and self.device is not None:
             rows = rows.to(self.device, non_blocking=True)

@@ -112,6 +112,9 @@ class OptimizationConfig:
     max_skipped_steps: int = 10
     # Compile the network on a GPU.
     compile: bool = True
+    # Replay losses, gradients and updates as CUDA graphs, which saves the time to launch their
+    # kernels one by one. Losses of the adversarial stage are launched.
+    replays: bool = True
     # Steps between two reports.
     log_every_steps: int = 50
     # Steps between two evaluations.

@@ -10,10 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vtp.models import VTPModel
-from vtp.pixels import normalize
 
 from mmdit.rng import Draws
-from mmdit.vtp_training.images import PictureBatch
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.pretrain_losses import (
     PatchDiscriminator,
@@ -41,13 +39,12 @@ def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
 
 @dataclass
 class StepLosses:
-    """`total` to differentiate; `parts` are scalars for the report; the pictures are for the
-    discriminator."""
+    """`total` to differentiate; `parts` are scalars for the report; `pictures`, decoded and given
+    ones, are for the discriminator (None: the losses were replayed, which happens without one)."""
 
     total: Tensor
     parts: dict[str, Tensor]
-    predicted: Tensor
-    target: Tensor
+    pictures: tuple[Tensor, Tensor] | None = None
 
 
 class TokenizerLearner(nn.Module):
@@ -84,11 +81,18 @@ class TokenizerLearner(nn.Module):
         parts = {"model": self.model, "self_supervision": self.self_supervision}
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
-    def losses(self, batch: PictureBatch, step: int, adversarial: bool) -> StepLosses:
-        """Return all losses of a step. `adversarial`: the last stage, with a frozen encoder and the
-        discriminator's opinion."""
-        config, target = self.config, normalize(batch.pixels)
-        draws = Draws.of(config.seed, step, len(target), target.device)
+    def forward(
+        self,
+        target: Tensor,
+        tokens: Tensor | None,
+        facts: Tensor,
+        draws: Draws,
+        adversarial: bool = False,
+    ) -> StepLosses:
+        """Return all losses of a step on the pictures `target (b, 3, H, W)`, which are normalized;
+        `tokens` and `facts` are those of a `PictureBatch`. `adversarial`: the last stage, with a
+        frozen encoder and the discriminator's opinion."""
+        config = self.config
         trains_encoder = not (adversarial or config.freeze_encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
             features = self.model.trunk(target, is_training=True, use_bottleneck=False)
@@ -106,26 +110,26 @@ class TokenizerLearner(nn.Module):
             parts["adversarial"] = -self._frozen_opinion(predicted).mean()
             total = total + config.adversarial.weight * parts["adversarial"]
         else:
-            if config.contrast.weight and len(batch.facts):  # a step of few pictures has no shapes
-                parts["contrast"] = self._contrast(features["x_norm_clstoken"], batch)
+            if config.contrast.weight and len(facts):  # a step of few pictures has no shapes
+                assert tokens is not None, "captions are made where this loss has a weight"
+                parts["contrast"] = self._contrast(features["x_norm_clstoken"], tokens, facts)
                 total = total + config.contrast.weight * parts["contrast"]
             if self.self_supervision is not None:
                 settings = config.self_supervision
-                chosen = taking_part(len(target), settings.fraction)
+                chosen = taking_part(len(target), settings.fraction, target.device)
                 parts["dino"], parts["ibot"] = self.self_supervision.loss(
                     self.model.trunk, target[chosen], draws[chosen]
                 )
                 total = total + settings.weight * (parts["dino"] + parts["ibot"])
         parts = {name: value.detach() for name, value in parts.items()}
-        return StepLosses(total, parts, predicted.detach(), target)
+        return StepLosses(total, parts, (predicted.detach(), target))
 
-    def _contrast(self, class_tokens: Tensor, batch: PictureBatch) -> Tensor:
-        count = min(self.config.contrast.pairs, len(batch.facts))
+    def _contrast(self, class_tokens: Tensor, tokens: Tensor, facts: Tensor) -> Tensor:
+        count = min(self.config.contrast.pairs, len(facts))
         image = F.normalize(self.model.visual_proj(class_tokens[:count]).float(), dim=-1)
-        assert batch.tokens is not None, "captions are made where this loss has a weight"
-        text = self.model.get_clip_text_feature(batch.tokens[:count]).float()
+        text = self.model.get_clip_text_feature(tokens[:count]).float()
         scale = self.model.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
-        return contrast_loss(image, text, scale, batch.facts[:count])
+        return contrast_loss(image, text, scale, facts[:count])
 
     def _frozen_opinion(self, predicted: Tensor) -> Tensor:
         critic = self._critic()
@@ -141,5 +145,6 @@ class TokenizerLearner(nn.Module):
     def discriminator_loss(self, losses: StepLosses) -> Tensor:
         """Return the discriminator's loss on the step's pictures, after the decoder's update."""
         critic = self._critic()
-        real, fake = critic(losses.target), critic(losses.predicted)
-        return discriminator_loss(real, fake)
+        assert losses.pictures is not None, "an adversarial step is not replayed"
+        decoded, given = losses.pictures
+        return discriminator_loss(critic(given), critic(decoded))

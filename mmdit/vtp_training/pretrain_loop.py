@@ -67,6 +67,8 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
         # without a working compiler the blocks run as they are
         torch._dynamo.config.suppress_errors = True
         trainer.learner.compile()
+    if device.type == "cuda" and config.train.replays:
+        trainer.replay()
     trainer.prepare()
     if done:
         print(

@@ -8,13 +8,16 @@ import time
 import torch
 from torch import Tensor
 from vtp.models import VTPModel
+from vtp.pixels import normalize
 from vtp.tokenizers import ByteTokenizer
 
 from mmdit import rng
 from mmdit.config import differences, encode
 from mmdit.interfaces import LatentSpec
+from mmdit.rng import Draws
 from mmdit.training import checkpoint
 from mmdit.training.ema import EMA
+from mmdit.training.graphs import update_graph
 from mmdit.training.memory.assigning import assign
 from mmdit.training.optim import (
     LearningRate,
@@ -23,8 +26,9 @@ from mmdit.training.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from mmdit.vtp_training.images import PictureSource
+from mmdit.vtp_training.images import PictureBatch, PictureSource
 from mmdit.vtp_training.pretrain_config import PretrainConfig
+from mmdit.vtp_training.pretrain_graphs import ReplayedLosses
 from mmdit.vtp_training.pretrain_learner import StepLosses, TokenizerLearner
 
 # Between these steps the speed is measured that turns max_minutes into a number of steps. The
@@ -37,6 +41,7 @@ FREE_KEYS = (
     "planned_steps",
     "seconds_spent",
     "train.compile",
+    "train.replays",
     "train.max_minutes",
     "train.max_skipped_steps",
     "train.log_",
@@ -70,6 +75,8 @@ class TokenizerTrainer:
         self.optimizer = build_optimizer(
             self.parts, train.lr, train.weight_decay, (0.9, train.beta2)
         )
+        self.replays: ReplayedLosses | None = None
+        self.updates: update_graph.ReplayedUpdates | None = None
         self.critic, self.critic_optimizer = self.learner.discriminator, None
         if self.critic is not None:
             self.critic_optimizer = build_optimizer(
@@ -95,12 +102,14 @@ class TokenizerTrainer:
         begins = self.config.adversarial.start * self.planned
         adversarial = self.critic is not None and self.step >= begins
         batch = self.source.batch(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            losses = self.learner.losses(batch, self.step, adversarial)
+        losses = self.losses(batch, adversarial)
         self.optimizer.zero_grad()
         losses.total.backward()
-        norm, skipped = clip_and_guard(self.optimizer, self.config.train.clip_norm)
-        self.optimizer.step()
+        if self.updates:
+            norm, skipped = self.updates()
+        else:
+            norm, skipped = clip_and_guard(self.optimizer, self.config.train.clip_norm)
+            self.optimizer.step()
         if adversarial:
             losses.parts["discriminator"] = self._update_critic(losses)
         elif self.learner.self_supervision is not None:
@@ -110,6 +119,25 @@ class TokenizerTrainer:
         self.step += 1
         self.ema.update(self.step)
         return {**losses.parts, "gradient_norm": norm, "skipped": skipped}
+
+    def losses(self, batch: PictureBatch, adversarial: bool) -> StepLosses:
+        """Return the losses of the next step."""
+        target, tokens, facts = normalize(batch.pixels), batch.tokens, batch.facts
+        # Without the memory of casts, as in a graph, the gradients of the trunk's several calls add
+        # up in float32.
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, on_gpu, cache_enabled=False):
+            if self.replays and not adversarial:
+                return self.replays(target, tokens, facts, self.step)
+            draws = Draws.of(self.config.seed, self.step, len(target), self.device)
+            return self.learner(target, tokens, facts, draws, adversarial)
+
+    def replay(self) -> None:
+        """Replay losses, gradients and updates as CUDA graphs from now on."""
+        self.replays = ReplayedLosses(self.learner)
+        if update_graph.suits(self.optimizer):
+            clip_norm = self.config.train.clip_norm
+            self.updates = update_graph.ReplayedUpdates(self.optimizer, clip_norm)
 
     def _update_critic(self, losses: StepLosses) -> Tensor:
         loss = self.learner.discriminator_loss(losses)
@@ -128,8 +156,7 @@ class TokenizerTrainer:
         for width, height, _ in self.config.images.sizes:
             batch = self.source.batch(0, (width, height))
             if self.device.type == "cuda":
-                with torch.autocast("cuda", torch.bfloat16):
-                    self.learner.losses(batch, 0, False).total.backward()
+                self.losses(batch, adversarial=False).total.backward()
                 self.optimizer.zero_grad()
 
     def averaged_model(self) -> VTPModel:

@@ -59,11 +59,26 @@ class SelfSupervisionConfig:
             raise ConfigError("mask_ratio", f"is [{low}, {high}], must be [low, high] in 0 … 1")
 
 
-def taking_part(count: int, share: float) -> list[int]:
+def taking_part(count: int, share: float, device: torch.device) -> Tensor:
     """Return which of `count` pictures take part: so large a share, 1 at least, evenly spread, for
     a batch has one sort of picture after the other."""
-    places = (round(number / share) for number in range(count))
-    return [place for place in places if place < count]
+    places = (torch.arange(count, dtype=torch.float64, device=device) / share).round()
+    # counted once more without tensors, which would have to wait for a GPU
+    number = sum(round(index / share) < count for index in range(count))
+    return places[:number].long()
+
+
+def hidden_patches(
+    views: int, patches: int, low: float, high: float, device: torch.device
+) -> tuple[Tensor, int]:
+    """Return how many of its `patches` each of `views` hides, at least one, as int64 `(views,)` and
+    in all. The numbers go in even steps through the shares from `low` to `high` (as in DINOv2,
+    Oquab et al. 2023), so that all steps hide equally many, in tensors of the same shapes."""
+    shares = (torch.arange(views, dtype=torch.float64, device=device) + 0.5) / views
+    counts = ((low + (high - low) * shares) * patches).round().clamp(min=1).long()
+    # once more without tensors, which would have to wait for a GPU
+    each = ((low + (high - low) * ((view + 0.5) / views)) * patches for view in range(views))
+    return counts, sum(max(1, round(count)) for count in each)
 
 
 def random_crops(
@@ -73,7 +88,7 @@ def random_crops(
     with other contrast and tint."""
     side = low + (high - low) * draws.uniform(f"{purpose}/side", 1)
     centre = (2 * draws.uniform(f"{purpose}/centre", 2) - 1) * (1 - side)
-    mirror = torch.where(draws.uniform(f"{purpose}/mirror", 1) < 0.5, -1.0, 1.0)
+    mirror = 1 - 2 * (draws.uniform(f"{purpose}/mirror", 1) < 0.5).float()
     zero = torch.zeros_like(side)
     parts = [side * mirror, zero, centre[:, :1], zero, side, centre[:, 1:]]
     matrices = torch.cat(parts, 1).unflatten(1, (2, 3))
@@ -124,8 +139,7 @@ class SelfSupervision(nn.Module):
         views = torch.cat(
             [random_crops(images, draws, f"global{i}", scale, 1.0, size) for i in range(2)]
         )
-        masks = self._masks(draws, height * width // trunk.patch_size**2)
-        flat = masks.flatten().nonzero()[:, 0]
+        masks, flat = self._masks(draws, height * width // trunk.patch_size**2)
         with torch.no_grad():
             taught = self.teacher_trunk(views, is_training=True, use_bottleneck=False)
             class_logits = self.teacher_head(taught["x_norm_clstoken"])
@@ -149,14 +163,16 @@ class SelfSupervision(nn.Module):
             class_losses.append(cross_entropy(logits, (first + second) / 2, temperature))
         return torch.stack(class_losses).mean(), patch_loss
 
-    def _masks(self, draws: Draws, patches: int) -> Tensor:
-        """Return `(2B, N)` bool, True = hidden; every view has its own ratio, and at least one
-        hidden patch."""
+    def _masks(self, draws: Draws, patches: int) -> tuple[Tensor, Tensor]:
+        """Return `(2B, N)` bool, True = hidden, and the places of the hidden patches in it, flat
+        and ascending."""
+        order = torch.cat([draws.uniform(f"mask/ratio{i}", 1) for i in range(2)])[:, 0].argsort()
         low, high = self.config.mask_ratio
+        counts, total = hidden_patches(len(order), patches, low, high, order.device)
         keys = torch.cat([draws.uniform(f"mask{i}", patches) for i in range(2)])
-        ratio = torch.cat([draws.uniform(f"mask/ratio{i}", 1) for i in range(2)])
-        hidden = ((ratio * (high - low) + low) * patches).round().clamp(min=1)
-        return keys.argsort(1).argsort(1) < hidden
+        masks = keys.argsort(1).argsort(1) < counts[order][:, None]
+        # `nonzero` would wait for the GPU to tell how many there are
+        return masks, (~masks).flatten().argsort(stable=True)[:total]
 
     @torch.no_grad()
     def update_teacher(self, trunk: nn.Module, progress: float) -> None:

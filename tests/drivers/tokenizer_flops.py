@@ -40,7 +40,7 @@ def main() -> None:
     for width, height, weight in config.images.sizes:
         batch = trainer.source.batch(0, (width, height))
         with FlopCounterMode(display=False) as counter:
-            trainer.learner.losses(batch, 0, adversarial=False).total.backward()
+            trainer.losses(batch, adversarial=False).total.backward()
         counted[f"{width}x{height}"] = counter.get_total_flops() * PART / 1e12
         total += weight * counted[f"{width}x{height}"]
     mean = total / sum(weight for *_, weight in config.images.sizes)

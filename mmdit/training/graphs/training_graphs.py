@@ -206,51 +206,49 @@ class _Step(torch.autograd.Function):
         return None, None, None, *gradients[:first], None
 
 
-class Replays:
-    """`replays(x, t, text, …)` is `model(x, t, text, …)`. On CUDA, the first call of a small
-    network with a signature (shapes and types of the inputs) runs directly. Later ones are
-    replayed, provided that the backward pass of each runs before the next call."""
+def casting_anew(device: str) -> torch.autocast:
+    """Return the autocast that is in force on a type of device, but without its cache: a cached
+    cast would belong to one graph and be missing in another."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
-    def __init__(self, model: Denoiser):
-        self.model = model
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+class ReplayedCalls:
+    """Calls of functions of `weights` as graphs. The first call with a signature (shapes and types
+    of the inputs) runs directly. Later ones are replayed, provided that the backward pass of each
+    runs before the next call."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]):
+        self.weights = weights
         self.made: dict[tuple, Recorded | None] = {}
         self.direct = True  # no one else, such as DDP, waits for the gradients
         self.pool: Any = None  # one for all graphs: a step is over before the next one begins
         self.able = True
 
-    def __call__(
+    def replays(self, model: nn.Module, x: Tensor) -> bool:
+        """Return whether a call of `model` with `x` may be replayed now."""
+        return self.able and torch.is_grad_enabled() and can_replay(model, x)
+
+    def take(
         self,
-        x: Tensor,
-        t: Tensor,
-        text: TextTokens,
-        keep: Tensor | None = None,
-        **further: Tensor,
+        call: Callable[..., Tensor],
+        given: dict[str, Tensor],
+        pays: Callable[[], bool] = lambda: True,
     ) -> Tensor:
-        if not (self.able and torch.is_grad_enabled() and can_replay(self.model, x)):
-            return self.model(x, t, text, **(further if keep is None else further | {"keep": keep}))
-        keep = None if keep is None else keep.to(x.device, non_blocking=True)
-        named = {
-            "x": x,
-            "t": t,
-            "embeddings": text.embeddings,
-            "valid": text.valid,
-            "keep": keep,
-        } | further
-        given = {name: value for name, value in named.items() if value is not None}
+        """Return `call(weights, *given.values())`, which is called with no weights to use those
+        that are there. `pays`: whether to replay the calls of a new signature."""
+        values = list(given.values())
         inputs = [(n, v.shape, v.dtype, v.requires_grad) for n, v in given.items()]
         signature = (*inputs, *(weight.data_ptr() for weight in self.weights.values()))
-        call = self._call(tuple(given))
-        plain = partial(call, {}, *given.values())
+        plain = partial(call, {}, *values)
         if signature not in self.made:
-            small = operations(self.model, x.shape, text.valid.shape[1], keep) <= SMALL
-            if small and len(self.made) < self._signatures(x.device):
+            if pays() and len(self.made) < self._signatures(values[0].device):
                 self.made[signature] = None
             return plain()
         if any(other is not None and other.waiting for other in self.made.values()):
             return plain()
         if self.made[signature] is None:
-            self.made[signature] = self._record(call, list(given.values()))
+            self.made[signature] = self._record(call, values)
         recorded = self.made[signature]
         if recorded is None:
             return plain()
@@ -258,25 +256,7 @@ class Replays:
             weight._backward_hooks or weight._post_accumulate_grad_hooks
             for weight in self.weights.values()
         )
-        return recorded(self.direct and not hooked, *given.values())
-
-    def _call(self, names: tuple[str, ...]) -> Callable[..., Tensor]:
-        def call(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
-            rest = dict(zip(names, values, strict=True))
-            text = TextTokens(rest.pop("embeddings"), rest.pop("valid"))
-            device = values[0].device.type
-            # Without autocast's cache: a cached cast would belong to one graph and be missing in
-            # another.
-            with torch.autocast(
-                device,
-                torch.get_autocast_dtype(device),
-                torch.is_autocast_enabled(device),
-                cache_enabled=False,
-            ):
-                inputs = (rest.pop("x"), rest.pop("t"), text)
-                return functional_call(self.model, weights, inputs, rest)
-
-        return call
+        return recorded(self.direct and not hooked, *values)
 
     def _signatures(self, device: torch.device) -> int:
         gradients = sum(weight.nbytes for weight in self.weights.values())
@@ -300,3 +280,47 @@ class Replays:
         if failed:
             free_pool(self.pool, inputs[0].device)
         return None
+
+
+class Replays(ReplayedCalls):
+    """`replays(x, t, text, …)` is `model(x, t, text, …)`, replayed on CUDA where the network is
+    small."""
+
+    def __init__(self, model: Denoiser):
+        super().__init__({name: p for name, p in model.named_parameters() if p.requires_grad})
+        self.model = model
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: TextTokens,
+        keep: Tensor | None = None,
+        **further: Tensor,
+    ) -> Tensor:
+        if not self.replays(self.model, x):
+            return self.model(x, t, text, **(further if keep is None else further | {"keep": keep}))
+        keep = None if keep is None else keep.to(x.device, non_blocking=True)
+        named = {
+            "x": x,
+            "t": t,
+            "embeddings": text.embeddings,
+            "valid": text.valid,
+            "keep": keep,
+        } | further
+        given = {name: value for name, value in named.items() if value is not None}
+
+        def pays() -> bool:
+            return operations(self.model, x.shape, text.valid.shape[1], keep) <= SMALL
+
+        return self.take(self._call(tuple(given)), given, pays)
+
+    def _call(self, names: tuple[str, ...]) -> Callable[..., Tensor]:
+        def call(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
+            rest = dict(zip(names, values, strict=True))
+            text = TextTokens(rest.pop("embeddings"), rest.pop("valid"))
+            with casting_anew(values[0].device.type):
+                inputs = (rest.pop("x"), rest.pop("t"), text)
+                return functional_call(self.model, weights, inputs, rest)
+
+        return call

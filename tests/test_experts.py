@@ -18,9 +18,13 @@ from mmdit.adapters import (
 )
 from mmdit.commands.inspect_adapter import changes
 from mmdit.config import ConfigError
+from mmdit.data.batches.batch_plan import BatchPlan
+from mmdit.data.batches.mixture import MixedPlan
+from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.diffusion import DiffusionConfig, FlowMatchingConfig, SamplerConfig, build_objective
 from mmdit.diffusion.expert_schedule import ExpertSchedule, FixedTimes
 from mmdit.experiment.load import load_pipeline
+from mmdit.experiment.turns import check_turns
 from mmdit.interfaces import Boundary, TextTokens
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_weights import load_dit
@@ -41,6 +45,7 @@ from mmdit.training.trainer import Trainer
 from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, refused
 from tests.helpers.wan_release import DIT, FLF2V, I2V, I2V_21, TI2V, random_dit
+from tests.test_batches import listing
 from tests.test_metrics import DOCUMENTED, records
 from tests.test_trainer import SPEC, assert_same, batches, learner, run_ranks
 from tests.test_wan_training import Shop as WanShop
@@ -85,6 +90,23 @@ def test_the_turn_is_what_a_running_loop_would_count_from_any_resume(trained, ev
         again = plan(trained=trained, switch_every=every)
         steps = range(start, min(start + 40, 1000))
         assert [again.active(step) for step in steps] == counted[start : start + 40]
+
+
+def test_turns_in_step_with_the_data_are_refused():
+    """Refuse that one expert never sees what the other is trained on: both are spread evenly."""
+    video = VideoConfig(num_frames=2, image_fraction=0.5)
+    alone = BatchPlan(listing((8, 4, 2, 2)), video, 4, seed=3)
+    check_turns(plan(switch_every=2), alone, 100)
+    check_turns(plan(switch_every=1), alone, 10)  # so few steps may fall so by chance
+    check_turns(plan(routing="by_sigma"), alone, 100)
+    check_turns(plan(trained=("low",), switch_every=1), alone, 100)
+    with pytest.raises(ConfigError, match="all 50 steps on (single frames|clips) .* Take 2"):
+        check_turns(plan(switch_every=1), alone, 100)
+    sources = [BatchPlan(listing((8, 1, 2, 2)), VideoConfig(), 4, 3, name=name) for name in "ab"]
+    mixed = MixedPlan(sources, [19, 1], 400)
+    check_turns(plan(switch_every=11), mixed, 400)
+    with pytest.raises(ConfigError, match="pictures of the source b .* Take 11"):
+        check_turns(plan(switch_every=10), mixed, 400)
 
 
 def test_by_sigma_visits_are_those_of_the_law():
@@ -360,7 +382,16 @@ def test_a_wan_pair_trains_in_one_run_and_is_sampled(tmp_path):
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
-def trained(folder, steps=8, world=World(), resume_at=None, look=None, model=None, **options):
+def trained(
+    folder,
+    steps=8,
+    world=World(),
+    resume_at=None,
+    look=None,
+    model=None,
+    update_every=1,
+    **options,
+):
     config = TrainConfig(
         **{
             "precision": "fp32",
@@ -375,9 +406,8 @@ def trained(folder, steps=8, world=World(), resume_at=None, look=None, model=Non
             **options,
         }
     )
-    state = TrainState.create(
-        model or paired(dropout=0.2, switch_every=2), config, EMAConfig(decay=0.9)
-    )
+    average = EMAConfig(decay=0.9, update_every=update_every)
+    state = TrainState.create(model or paired(dropout=0.2, switch_every=2), config, average)
     if resume_at is not None:
         state.restore(checkpoint.folder_of(folder, resume_at))
 
@@ -389,6 +419,24 @@ def trained(folder, steps=8, world=World(), resume_at=None, look=None, model=Non
 
     Trainer(config, 5, state, batches(world.rank, world.size), world, folder, save).run()
     return state
+
+
+def test_the_average_follows_both_experts_whatever_their_turns_are(tmp_path):
+    """Updates at every second step, turns of one: all of them come after steps of one expert."""
+    seen = []
+    model = paired(switch_every=1)
+    trained(
+        tmp_path,
+        8,
+        look=lambda state: seen.append({n: v.clone() for n, v in state.ema.shadow.items()}),
+        model=model,
+        update_every=2,
+    )
+    for step in range(3, 8):
+        moved = {
+            n.split(".")[1] for n in seen[0] if not torch.equal(seen[step][n], seen[step - 1][n])
+        }
+        assert moved == (set(NAMES) if step % 2 else set())  # seen[1] is of two steps
 
 
 @pytest.mark.parametrize("routing", [*thorough("block"), "by_sigma"])

@@ -10,11 +10,15 @@ import torch
 
 from mmdit.commands import quickstart
 from mmdit.commands.quickstart import Plan
+from mmdit.data.cache.manifest import CacheManifest
+from mmdit.data.moving_shapes.prepare import Recipe, claim
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
+from mmdit.interfaces import LatentSpec
 from mmdit.scripts.quickstart import main
 from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.train_config import TrainConfig
+from tests.helpers.tiny import refused
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SETTINGS = SampleSettings.of
@@ -61,6 +65,28 @@ def with_short_clips(*words) -> tuple[Pipeline, ExperimentConfig]:
     """Open a model whose clips have 2 frames in place of 16."""
     pipeline, config = load_pipeline(*words)
     return pipeline, replace(config, video=replace(config.video, num_frames=2))
+
+
+DIFFERS = {"captions": "complete_captions False there", "latents": "tokenizer: the cache has"}
+
+
+@pytest.mark.parametrize("older", list(DIFFERS))
+def test_data_of_another_version_are_refused_before_anything_is_drawn(
+    tmp_path, capsys, monkeypatch, older
+):
+    data = tmp_path / "data"
+    if older == "captions":
+        claim(data, Recipe(64, 64))
+    else:
+        spec = LatentSpec(64)
+        other = CacheManifest("other", "a tokenizer", spec, ((64, 64),), False)
+        (data / "latents").mkdir(parents=True)
+        other.write(data / "latents")
+    monkeypatch.setattr(quickstart, "DATA", data)
+    monkeypatch.setattr(quickstart, "OUT", tmp_path / "runs" / "quickstart")
+    monkeypatch.setattr(quickstart, "draw_shipped", lambda *_: pytest.fail("drawn"))
+    message = refused(capsys, main, ["--device", "cpu"], DIFFERS[older], "remove that folder")
+    assert "out_dir" not in message and "new folder" not in message
 
 
 @pytest.fixture(scope="module")

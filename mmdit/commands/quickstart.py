@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 import mmdit
 from mmdit.data.cache.caching import Caching
+from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.records import read_records
 from mmdit.data.moving_shapes import prompts
-from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
+from mmdit.data.moving_shapes.prepare import Recipe, claim, prepare_samples
 from mmdit.diagnostics.prompt_accuracy import prompt_accuracy_report
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
 from mmdit.experiment.load import load_pipeline
@@ -205,20 +207,37 @@ def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds
     return max(1, int(seconds * last["samples_per_second"] / config.train.batch_size))
 
 
-def from_scratch(out: Path, device: str, plan: Plan, say: Stages) -> dict:
+def configured(out: Path, plan: Plan) -> tuple[ExperimentConfig, Recipe]:
+    """Return the config of the model from nothing, and what its pictures are."""
+    words = [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}"]
+    config = load_experiment_config(CONFIG, [*words, *plan.overrides, *SETTINGS])
+    return config, Recipe(config.video.width, config.video.height, complete_captions=True)
+
+
+def check_data(config: ExperimentConfig, recipe: Recipe) -> None:
+    """Raise ValueError, before minutes of drawing, where the folder of the data holds those of
+    another version."""
+    try:
+        claim(DATA, recipe)
+        latents = DATA / "latents"
+        if (latents / "manifest.json").exists():
+            tokenizer = build_tokenizer(config.tokenizer)
+            parts = config.video, config.bucketing, config.preprocess
+            CacheManifest.read(latents).check(latents, CacheManifest.of(tokenizer, *parts))
+    except ValueError as error:
+        what, *_ = re.split("; choose another|\nUse the settings", str(error))
+        raise ValueError(
+            f"{what}\n{DATA} was made by another version of the quickstart: remove that folder,"
+            " which is made anew in about a minute, or start the quickstart elsewhere"
+        ) from None
+
+
+def from_scratch(
+    config: ExperimentConfig, recipe: Recipe, out: Path, device: str, plan: Plan, say: Stages
+) -> dict:
     """Data, latents, training, samples and score of a model that did not exist before."""
-    config = load_experiment_config(
-        CONFIG,
-        [
-            f"output_dir={out.parent}",
-            f"train.batch_size={plan.batch_size}",
-            *plan.overrides,
-            *SETTINGS,
-        ],
-    )
     video = config.video
     say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
-    recipe = Recipe(video.width, video.height, complete_captions=True)
     metadata = prepare_samples(DATA, recipe, plan.images)
     say("Turning the pictures into VTP latents (cached: a second run skips this).")
     tokenizer = build_tokenizer(config.tokenizer, device=choose_device(device))
@@ -279,8 +298,10 @@ def run(device: str = "auto") -> dict:
         f"mmdit {mmdit.__version__}, torch {torch.__version__}, device {where.type}{threads}."
         f" Results go to {OUT}."
     )
+    config, recipe = configured(OUT, plan)
+    check_data(config, recipe)
     shipped = draw_shipped(OUT, device, plan, say)
-    scratch = from_scratch(OUT, device, plan, say)
+    scratch = from_scratch(config, recipe, OUT, device, plan, say)
     report = {
         "shipped": shipped,
         "from_scratch": scratch,

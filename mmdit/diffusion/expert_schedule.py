@@ -160,6 +160,14 @@ class ExpertSchedule:
         )
         return self.trained[int((place >= masses[:-1]).sum())]
 
+    def trained_lately(self, step: int, count: int, last: str) -> set[str]:
+        """Return the experts that the `count` steps before `step` trained, of which `last` was the
+        last one. By sigma it is `last` alone: any of them may be it, the more often the more steps
+        it has."""
+        if self.routing != "block":
+            return {last}
+        return {self.active(earlier) for earlier in range(max(0, step - count), step)}
+
     def draws(self, draws: Draws, name: str, frames: int) -> FixedTimes:
         """Return the same draws, but with times of this expert alone: from the distribution of all
         times, truncated to its range."""

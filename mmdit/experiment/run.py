@@ -31,6 +31,7 @@ from mmdit.experiment.build import (
 from mmdit.experiment.data_sources import open_batches, sources_of, with_known_names
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.idle_keys import idle_keys
+from mmdit.experiment.turns import check_turns
 from mmdit.interfaces import Tokenizer
 from mmdit.interop.wan_pictures import Pictures
 from mmdit.tokenizers import build_tokenizer
@@ -89,6 +90,7 @@ def run_training(
         batches = open_batches(config, tokenizer, sources, world)
         data = [contents(one.cache, one.plan.name) for one in batches.sources if world.is_main]
         run = Run(config, world, tokenizer.plain, batches.plan, start, data)
+        check_turns(run.learner.experts, batches.plan, train.max_steps)
         run.continue_from_start()
         check_weights(run.learner)
         if world.is_main:

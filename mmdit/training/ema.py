@@ -52,6 +52,13 @@ class EMA:
         every = self.config.update_every
         return max(0, step // every - self.config.start_step // every)
 
+    def steps_of(self, step: int) -> int:
+        """Return how many steps the update after optimizer step `step` follows; 0: there is
+        none."""
+        if not self.updates(step):
+            return 1
+        return 0 if step % self.config.update_every else self.config.update_every
+
     def decay_at(self, step: int) -> float:
         """Return the decay of the update after optimizer step `step`."""
         updates = self.updates(step)
@@ -60,8 +67,8 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
         """Update the average after optimizer step `step`. Parameters whose names begin with a
-        `resting` prefix had no part in the step, and their average stays."""
-        if self.updates(step) and step % self.config.update_every:
+        `resting` prefix had no part in it, and their average stays."""
+        if not self.steps_of(step):
             return
         names = [name for name in self.parameters if not name.startswith(resting)]
         shadows = [local(self.shadow[name]) for name in names]

@@ -100,10 +100,11 @@ class Learner(nn.Module):
         networks = self.model.networks()
         return {name: networks[name] for name in self.experts.trained} if self.experts else networks
 
-    def resting(self, expert: str) -> tuple[str, ...]:
-        """Return prefixes of the parameter names that a training step of `expert` does not
-        change."""
-        return tuple(f"model.{name}." for name in self.parts() if name != expert)
+    def resting(self, step: int, count: int, last: str) -> tuple[str, ...]:
+        """Return prefixes of the parameter names that the `count` steps before `step` do not
+        change; `last`: the expert that the last one trains."""
+        moved = self.experts.trained_lately(step, count, last) if self.experts else {last}
+        return tuple(f"model.{name}." for name in self.parts() if name not in moved)
 
     def is_stored(self, name: str) -> bool:
         """Return whether a checkpoint holds this entry of the state; frozen foreign weights are

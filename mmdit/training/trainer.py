@@ -145,7 +145,8 @@ class Trainer:
         state = self.state
         state.step += 1
         if state.ema:
-            state.ema.update(state.step, state.learner.resting(window.taken[-1].expert))
+            followed, last = state.ema.steps_of(state.step), window.taken[-1].expert
+            state.ema.update(state.step, state.learner.resting(state.step, followed, last))
         if state.schedule and state.schedule.due(state.step):
             reporter.observe(window)
             for line in state.schedule.look(state.step, state.monitor.histories):

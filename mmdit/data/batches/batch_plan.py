@@ -222,6 +222,12 @@ class BatchPlan:
         """Return whether a step sees single frames."""
         return self._images_before(step + 1) > self._images_before(step)
 
+    def seen_at(self, position: int) -> str:
+        """Return in words what a step sees: clips, single frames of them, or pictures."""
+        if self.clips is None or self.video.num_frames == 1:
+            return "pictures"
+        return "single frames" if self.is_image_step(position) else "clips"
+
     def batch(self, position: int, step: int | None = None) -> PlannedBatch:
         """Return the global batch at `position` (from 0) of this plan. `step`: of the training,
         which keys the frames that are drawn; another number where other plans have steps, too."""

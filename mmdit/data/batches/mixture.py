@@ -59,6 +59,11 @@ class MixedPlan:
         self.global_batch, self.seed = plans[0].global_batch, plans[0].seed
         self.mixture = Mixture(shares, self.seed)
 
+    def seen_at(self, step: int) -> str:
+        """Return in words what a step sees."""
+        source, position = self.mixture.at(step)
+        return f"{self.plans[source].seen_at(position)} of the source {self.plans[source].name}"
+
     def table(self) -> list[dict]:
         """Return the rows of every source's plan, with its name as `source`."""
         return [{"source": plan.name} | row for plan in self.plans for row in plan.table()]

@@ -1,5 +1,5 @@
-"""Which items and frames a step sees. The plan is a pure function of (seed, step): resume needs no
-state, every rank knows every step, and the number of ranks changes nothing."""
+"""The items and frames of every training step. The plan is a pure function of (seed, step): resume
+needs no state, every rank knows every step, and the number of ranks changes nothing."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.data.dataset.clips import frame_numbers, jitter_limits, latent_video, usable_frames
 from mmdit.rng import Draws, key, uniform
 
-# version of the order of items: 1 filled the last batch of each group and epoch by repetition
+# version of the order of items; 1 filled the last batch of each group and epoch by repetition
 ORDER = 2
 Grid = tuple[int, ...]  # latent (rows, columns)
-# what items have in common that may share a batch: the grid and, where clips differ in it, the
-# number of frames
+# what items must have in common to share a batch: the grid and, if clips of one grid differ in it,
+# the number of frames
 Group = tuple[int, ...]
 _CROP = re.compile(r"_c\d+$")
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One step's global batch: `items (B,)` numbers in the cache, `frames (B, F)` frame numbers
-    within each, ascending."""
+    """The global batch of one step: the numbers `items (B,)` of items in the cache, and for each
+    item ascending frame numbers, `frames (B, F)`."""
 
     grid: Grid
     items: Tensor
@@ -37,7 +37,8 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The batches of one epoch, from position `first` in a stream: `groups[i]` and `items[i]`."""
+    """The batches of one epoch, in order: batch `i` has the group `groups[i]` and `items[i]`.
+    `first`: the position of its first batch in the stream."""
 
     first: int
     groups: list[Group]
@@ -45,7 +46,7 @@ class _Epoch:
 
 
 def by_shape(shapes: Tensor, items: Tensor) -> dict[Group, Tensor]:
-    """Return which of `items (n,)` have each distinct row of `shapes (N, …)`."""
+    """Return, for each distinct row of `shapes (N, …)`, those of `items (n,)` that have it."""
     unique, inverse = torch.unique(shapes[items], dim=0, return_inverse=True)
     return {tuple(shape): items[inverse == number] for number, shape in enumerate(unique.tolist())}
 
@@ -54,9 +55,10 @@ class _Stream:
     """An endless sequence of batches over groups of equal shape, in which every item is seen
     equally often.
 
-    A group is an endless row of orders of its items, cut into batches of `size`. Of n items an
-    epoch has n / size batches, on average: nothing is dropped, and a group smaller than a batch has
-    one in some epochs alone. The batches of an epoch are mixed.
+    The items of a group form an endless sequence of permutations, which is cut into batches of
+    `size`. With n items, an epoch has n / size batches of the group on average: nothing is dropped,
+    and a group smaller than a batch has a batch in some epochs only. The batches of an epoch are
+    shuffled.
     """
 
     def __init__(self, groups: dict[Group, Tensor], size: int, seed: int, purpose: str):
@@ -68,7 +70,7 @@ class _Stream:
 
     @property
     def epoch_steps(self) -> float:
-        """Return the steps in which as many samples are seen as there are items."""
+        """Return the number of steps that see as many samples as there are items."""
         return self.items / self.size
 
     def batch(self, position: int) -> tuple[Group, Tensor]:
@@ -80,12 +82,12 @@ class _Stream:
         return self._epoch.groups[place], self._epoch.items[place]
 
     def _batches_before(self, epoch: int) -> Tensor:
-        """Return how many batches each group has before an epoch."""
+        """Return the number of batches that each group has before an epoch."""
         return (epoch * self._counts + self._phases) // self.size
 
     def _epoch_at(self, position: int) -> int:
-        """Return the epoch of the batch at `position`: the last one before which there are at most
-        so many."""
+        """Return the epoch of the batch at `position`: the last epoch with at most that many
+        batches before it."""
         low, high = 0, (position + len(self.groups) + 1) * self.size // self.items + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -110,8 +112,8 @@ class _Stream:
         return _Epoch(int(before.sum()), mixed_groups, torch.cat(tables)[mixed])
 
     def _order(self, group: Group, count: int, begin: int, end: int) -> Tensor:
-        """Return places `begin` to `end` of the endless row of orders of a group's `count`
-        items."""
+        """Return the items at `begin` to `end` of a group's endless sequence of permutations;
+        `count`: the number of its items."""
         first, last = begin // count, math.ceil(end / count)
         numbers = torch.arange(first * count, last * count)
         bits = Draws(key(self.seed, self.purpose, group), 0, numbers).bits("order")
@@ -120,16 +122,18 @@ class _Stream:
 
 
 class BatchPlan:
-    """Every step's global batch. `report()` says what is used, repeated and left out; ValueError if
-    nothing is left.
+    """The global batch of every step. `report()` says which items are used, repeated and left out.
+    ValueError if nothing is left.
 
-    A clip must have `1 + (num_frames - 1) * frame_stride` frames (or those of the smallest of
-    `frame_counts`), else it is left out (its single frames still serve the steps that
-    `image_fraction` gives to images). Those steps are spread evenly: step s is one if floor(s·f +
-    phase(seed)) grows. The share `held_out` of the items, by a hash of their ids, is in no batch.
+    A clip must have `1 + (num_frames - 1) * frame_stride` frames (or what the smallest of
+    `frame_counts` needs), otherwise it is left out, and only its single frames are used, in image
+    steps. The share of these is `image_fraction`, and they are spread evenly: step s is one if
+    floor(s·f + phase(seed)) grows. The share `held_out` of the items, chosen by a hash of their
+    ids, is in no batch.
 
-    `name`: of a source beside others (see `mixture`). Its order is then its own, and where it holds
-    single pictures alone, all of its steps are image steps, whatever `num_frames` is.
+    `name`: of one source among several (see `mixture`). Sources differ in their order of items, and
+    if a source holds only single pictures, all of its steps are image steps, whatever `num_frames`
+    is.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class BatchPlan:
         pictures = bool(name) and not (cache.shapes[:, 0] > 1).any()
         if pictures and self.video.num_frames > 1:
             self.video = replace(self.video, image_fraction=1.0)
-        # samples start where a window of the tokenizer did
+        # samples start where a window that the tokenizer encoded started
         self.aligned = self.video.num_frames if spec.temporal > 1 else 1
         self._ids, self._counts, self._grids = cache.ids, cache.shapes[:, 0], cache.shapes[:, 1:3]
         self._frames = usable_frames(self._counts, self.video)  # of each item in a sample
@@ -206,15 +210,16 @@ class BatchPlan:
 
     @property
     def items(self) -> int:
-        """Return how many items an epoch has: the clips, or the pictures where there are none."""
+        """Return the number of items in an epoch: of clips, or of pictures if there are no
+        clips."""
         stream = self.clips or self.images
         assert stream is not None  # one of them is used
         return stream.items
 
     @property
     def epoch_steps(self) -> float:
-        """Return in how many steps as many clips (pictures, where there are none) are seen as there
-        are."""
+        """Return the number of steps in an epoch: those in which as many clips (or pictures, if
+        there are none) are seen as there are."""
         fraction = self.video.image_fraction
         return self.items / self.global_batch / (1 - fraction if self.clips else fraction)
 
@@ -229,8 +234,9 @@ class BatchPlan:
         return "single frames" if self.is_image_step(position) else "clips"
 
     def batch(self, position: int, step: int | None = None) -> PlannedBatch:
-        """Return the global batch at `position` (from 0) of this plan. `step`: of the training,
-        which keys the frames that are drawn; another number where other plans have steps, too."""
+        """Return the global batch at `position` (from 0) of this plan. `step`: the step of the
+        training, which keys the draws of frames; it differs from `position` if other plans have
+        steps, too."""
         step = position if step is None else step
         before = self._images_before(position)
         if self.images is not None and self.is_image_step(position):
@@ -243,8 +249,8 @@ class BatchPlan:
         return self._planned(group, items, frames, Draws.of(self.seed, step, len(items)))
 
     def held_out_batches(self, most: int) -> list[PlannedBatch]:
-        """Return the first `most` held-out items (clips, unless training sees pictures alone), one
-        batch a shape. What is drawn for an item depends on its id alone."""
+        """Return the first `most` held-out items (clips, unless training sees pictures only), one
+        batch for each shape. The draws for an item depend on its id alone."""
         items, frames = self.held_out, torch.ones_like(self._frames)
         if self.clips is not None:
             items, frames = items[self._frames[items] > 0], self._frames
@@ -265,7 +271,7 @@ class BatchPlan:
 
     # ── what a person should know before training ─────────────────────────────────────────────────
     def left_out(self) -> str:
-        """Return how many items are too short, and why; "" if none are."""
+        """Return a text that says how many items are too short, and why; "" if none are."""
         if not len(self.excluded):
             return ""
         video, counts = self.video, self._counts[self.excluded]
@@ -281,14 +287,15 @@ class BatchPlan:
         )
 
     def _remedy(self) -> str:
-        """Return with which settings items that are too short are used."""
+        """Return a text that names settings under which the items that are too short would be
+        used."""
         counts = self._counts[self.excluded]
         shortest, longest = map(self._setting_for, (int(counts.min()), int(counts.max())))
         remedy = f"{shortest} would keep all of them"
         return f"{remedy}, {longest} the longest." if longest != shortest else f"{remedy}."
 
     def _setting_for(self, frames: int) -> str:
-        """Return the setting with which clips of so many frames are used."""
+        """Return the setting under which clips of this many frames are used."""
         if self.video.shrink_video_to_frames:
             return f"video.num_frames: {frames}"
         stride = (frames - 1) // (self.video.num_frames - 1)
@@ -297,9 +304,9 @@ class BatchPlan:
         return f"video.num_frames: {1 + (frames - 1) // self.video.frame_stride}"
 
     def table(self) -> list[dict]:
-        """Return, for each group of clips and of images: its items, batches in an epoch (on
-        average), and how many places of a batch are filled by repetition, as it has more of them
-        than there are items."""
+        """Return, for each group of clips and of images: the number of its items, of its batches in
+        an epoch (on average), and of the places in a batch that repeat an item because the batch is
+        larger than the group."""
         rows = []
         for name, stream in (("clips", self.clips), ("images", self.images)):
             for group, members in stream.groups.items() if stream else ():
@@ -316,8 +323,8 @@ class BatchPlan:
         return rows
 
     def unmoved(self) -> int:
-        """Return how many clips have frames too close together for `temporal_jitter` to move
-        any."""
+        """Return the number of clips in which `temporal_jitter` moves no frame, because frames are
+        too close together."""
         if not self.video.temporal_jitter:
             return 0
         clips = self._frames > 1
@@ -325,7 +332,7 @@ class BatchPlan:
         return int((limits == 0).sum())
 
     def report(self) -> str:
-        """Return, for people, what training will see."""
+        """Return a text for people about what training will see."""
         lines = []
         for row in self.table():
             rows, columns = row["grid"]
@@ -355,8 +362,8 @@ class BatchPlan:
 
 
 def _held_out(ids: Sequence[str], share: float, seed: int) -> Tensor:
-    """Return the numbers of the items whose hash is below `share`, lowest first; more items in a
-    cache change nothing for those it had. The crops of a picture (`id_c0`, `id_c1`) stay
+    """Return the numbers of the items whose hash is below `share`, lowest hash first. Adding items
+    to a cache does not change this for the others. The crops of a picture (`id_c0`, `id_c1`) stay
     together."""
     if not share:
         return torch.empty(0, dtype=torch.int64)

@@ -23,12 +23,12 @@ class SourceConfig:
     path: FilePath
     # What the log and the metrics call the source; empty: the last part of `path`.
     name: str = ""
-    # The share of training steps that show it, in proportion to the weights of the others; null:
-    # in proportion to its number of items, so that all items are seen equally often.
+    # The relative share of training steps that show it, in proportion to the weights of the other
+    # sources; null: in proportion to its number of items, so that all items are seen equally often.
     weight: float | None = None
-    # Without weights: how often its items are seen while those of others are seen once.
+    # Without weights: how often its items are seen for each time that items of other sources are.
     repeats: int = 1
-    # Stands in front of every caption of this source (write the space behind it, too).
+    # Put in front of every caption of this source (with a space at its end, if one is wanted).
     caption_prefix: str = ""
 
     def __post_init__(self):
@@ -49,7 +49,7 @@ class SourceConfig:
 
     @property
     def label(self) -> str:
-        """Return what the log and the metrics call it."""
+        """Return the name of the source in the log and the metrics."""
         return self.name or Path(self.path).name or self.path
 
 
@@ -57,12 +57,11 @@ class SourceConfig:
 class DataConfig(Section):
     """The section `data:`."""
 
-    # Hold the whole cache in memory; `auto`: if it takes at most a quarter of it (all sources
-    # together).
+    # Hold the whole cache in memory; `auto`: if all sources together take at most a quarter of it.
     in_memory: Literal["auto", True, False] = "auto"
-    # What is trained on, in place of `--train_cache_dir`.
+    # The sources to train on, in place of `--train_cache_dir`.
     sources: tuple[SourceConfig, ...] = ()
-    # Sources may be JSONL files of pictures or clips, decoded and encoded while training: slow.
+    # Allow JSONL files of pictures or clips as sources, decoded and encoded during training: slow.
     on_the_fly: bool = False
 
     def __post_init__(self):
@@ -83,7 +82,7 @@ class DataConfig(Section):
 
 
 def shares_of(sources: Sequence[SourceConfig], plans: Sequence[BatchPlan]) -> list[float]:
-    """Return in which proportion steps are shared out among sources."""
+    """Return the weights by which steps are shared out among the sources."""
     return [
         float(source.repeats * plan.items) if source.weight is None else source.weight
         for source, plan in zip(sources, plans, strict=True)
@@ -92,8 +91,9 @@ def shares_of(sources: Sequence[SourceConfig], plans: Sequence[BatchPlan]) -> li
 
 def check_together(caches: Sequence[LatentCache], wanted: CacheManifest, patch: int) -> list[str]:
     """Raise ValueError unless one model can be trained on the latents of all caches; return lines
-    to tell. Sizes and crops may differ; tokenizers may not, nor how frames are joined (single
-    pictures go with all). `wanted`: of the config; `patch`: cells that the model takes at once."""
+    to print. Sizes and crops may differ, but tokenizers may not, nor how frames are joined (single
+    pictures go with anything). `wanted`: the manifest that the config asks for; `patch`: the side,
+    in cells, of a patch of the model."""
     first = caches[0]
     for cache in caches[1:]:
         differences = _differences(first.manifest.latents(), cache.manifest.latents())
@@ -134,7 +134,7 @@ def check_together(caches: Sequence[LatentCache], wanted: CacheManifest, patch: 
 
 
 def _differences(here: dict, there: dict) -> list[str]:
-    """Return what differs, by name, with both values."""
+    """Return the differences, by name, with both values."""
     return [
         f"{name}: {here.get(name)} and {there.get(name)}"
         for name in here | there
@@ -143,8 +143,8 @@ def _differences(here: dict, there: dict) -> list[str]:
 
 
 def _notes(caches: Sequence[LatentCache]) -> list[str]:
-    """Return a line where manifests note other statistics of their latents: latents are stored raw,
-    so that the config's hold for all."""
+    """Return a line if manifests note different statistics of their latents. Since latents are
+    stored raw, the statistics of the config apply to all."""
     first = caches[0]
     for cache in caches[1:]:
         if cache.manifest.spec != first.manifest.spec:

@@ -1,5 +1,5 @@
-"""Report what training will make of a cache, before it starts: what is used, cropped, repeated and
-left out, and why."""
+"""Report, before a training starts, what it will make of a cache: which items are used, cropped,
+repeated and left out, and why."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EXAMPLES = 5
 
 
 def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
-    """Return the report, JSON-able; `report_text` says it in words. `fill`: the share of a group's
-    batches that is no repetition within one. Sizes are (width, height) in pixels; shares are from 0
-    to 1; every list of examples is of the worst first.
+    """Return the report as JSON-able values; `report_text` puts it into words. `fill`: the share of
+    the places in a group's batches that do not repeat an item of the batch. Sizes are (width,
+    height) in pixels; shares are from 0 to 1; lists of examples begin with the worst.
     """
     spatial = cache.manifest.spec.spatial
     groups = []
@@ -34,7 +34,7 @@ def cache_report(cache: LatentCache, plan: BatchPlan, max_steps: int) -> dict:
         fill = 1 - row["repeats"] / plan.global_batch
         groups.append({"size": [columns * spatial, rows * spatial], **row, "fill": round(fill, 4)})
     places = sum(row["items"] for row in groups)  # of an epoch
-    crops = cropped(cache)  # of pictures; what was rendered has none
+    crops = cropped(cache)  # of pictures; generated items have no crop
     repeats = sum(row["items"] * row["repeats"] / plan.global_batch for row in groups)
     return {
         "cache": str(cache.folder),
@@ -97,7 +97,7 @@ def _frames(cache: LatentCache, plan: BatchPlan) -> dict:
 
 
 def cropped(cache: LatentCache) -> dict:
-    """Return what was cropped, from the crop stored with each item; items that were rendered
+    """Return statistics of the crops that are stored with the items; items that were generated
     straight into the cache have none."""
     rows: list[dict] = []
     enlarged = 0
@@ -131,8 +131,8 @@ def _notes(source: dict) -> list[str]:
 
 
 def skipped(folder: Path) -> dict:
-    """Return how many items caching left out, for which reasons, and some of them. Lines that no
-    caching writes are passed over."""
+    """Return how many items caching skipped, for which reasons, and some examples. Lines that
+    caching did not write are ignored."""
     skips = []
     for path in sorted(folder.glob("skipped*.jsonl")):
         for row in objects_in(read_text(path, "replace")):
@@ -148,8 +148,9 @@ def skipped(folder: Path) -> dict:
 def compared_with(
     cache: LatentCache, records: list[Record], preprocess: PreprocessConfig, fps: float
 ) -> dict:
-    """Count how the items of a cache and the lines of a metadata file go together, with examples of
-    what does not. `fps`: of clips, as the config asks for it; 0 of pictures."""
+    """Compare the items of a cache with the lines of a metadata file; return the number of
+    mismatches of each kind, with examples. `fps`: the rate of clips that the config asks for; 0 for
+    pictures."""
     captions = dict(zip(cache.ids, map(all_captions, cache.captions, cache.facts), strict=True))
     expected: dict[str, list[str]] = {}
     missing, changed = [], []
@@ -193,7 +194,7 @@ MEANINGS = {
 
 
 def report_text(report: dict) -> str:
-    """Return, for people, what `cache_report` returns."""
+    """Return the report of `cache_report` in words."""
     lines = [f"{report['cache']}: {report['items']} items, {report['gigabytes']} GB"]
     if report["made_from"]:
         lines.append(f"made from {report['made_from']}")

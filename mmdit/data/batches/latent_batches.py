@@ -1,4 +1,4 @@
-"""The latents and captions of a step, for one rank, made ahead of time."""
+"""The latents and captions of each step, for one rank, prepared in advance."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from mmdit.files import with_tilde
 from mmdit.interfaces import Batch
 from mmdit.rng import Draws
 
-COMPARED = 4096  # items whose texts tell data from other data: texts are read one by one
+COMPARED = 4096  # items whose texts enter `contents`: reading texts one by one is slow
 
 
 class StepBatches(Dataset, ABC):
-    """This rank's micro-batches of every step, pure functions of the step, and made ahead of time.
+    """This rank's micro-batches of every step: pure functions of the step, prepared in advance.
     `sources`: the batches of each source, one or several."""
 
     plan: BatchPlan | MixedPlan
@@ -46,9 +46,10 @@ class StepBatches(Dataset, ABC):
         return self.step(step)  # as a map-style data set, for DataLoader's workers
 
     def iterate(self, start_step: int = 0, stop_step: int = 1 << 62) -> Iterator[list[Batch]]:
-        """Yield steps in order, made ahead of time by one thread (from memory) or by `num_workers`
-        processes (from disk: reading many small files is bound by the interpreter). 0 workers, or
-        items that are encoded here: nothing ahead."""
+        """Yield the micro-batches of the steps in order, prepared in advance by one thread (from
+        memory) or by `num_workers` processes (from disk, where reading many small files is limited
+        by the interpreter). With 0 workers, or if items are encoded here, nothing is prepared in
+        advance."""
         steps, stores = range(start_step, stop_step), [source.store for source in self.sources]
         if any(isinstance(store, Encoding) for store in stores):
             yield from map(self.step, steps)
@@ -77,10 +78,10 @@ class StepBatches(Dataset, ABC):
 
 
 def contents(cache: LatentCache, source: str = "") -> dict[str, Any]:
-    """Return what tells the data of a `source` from other data, whatever its place and layout: the
-    number of its items and a sum of their shapes, of the sums of their latents (files that are
-    encoded while training have none), and of the ids and captions of at most `COMPARED` of
-    them."""
+    """Return what tells the data of a `source` from other data, wherever and in whichever layout it
+    is stored: the number of its items, and a check sum of their shapes, of the check sums of their
+    latents (missing for files that are encoded during training), and of the ids and captions of at
+    most `COMPARED` items."""
     total = zlib.crc32(cache.shapes.numpy().tobytes())
     total = zlib.crc32(cache.columns.places[:, 2].contiguous().numpy().tobytes(), total)
     for number in range(0, len(cache), math.ceil(len(cache) / COMPARED)):
@@ -91,12 +92,12 @@ def contents(cache: LatentCache, source: str = "") -> dict[str, Any]:
 
 
 class LatentBatches(StepBatches):
-    """This rank's part of every step, as `accum` micro-batches; together the ranks' parts are
+    """This rank's part of every step, as `accum` micro-batches; together the parts of all ranks are
     exactly the plan's global batch. `crops`: batches say which part of its picture each item shows.
-    `tile`: only so many rows and columns of cells of each item, at drawn places, which batches say.
+    `tile`: rows and columns of cells of the tiles to cut, at drawn places, which batches state.
 
-    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` works ahead. `prefix`:
-    stands in front of every caption. ValueError if the global batch cannot be split evenly.
+    Latents come raw and float16, as stored. `step(s)` is pure; `iterate` works in advance. `prefix`
+    is put in front of every caption. ValueError if the global batch cannot be split evenly.
     """
 
     def __init__(
@@ -149,8 +150,8 @@ class LatentBatches(StepBatches):
         return batches
 
     def held_out(self, most: int) -> Iterator[Batch]:
-        """Yield the first `most` held-out items, the same on every rank, a batch a shape; `indices`
-        are keys of the items."""
+        """Yield the first `most` held-out items, the same on every rank, in one batch for each
+        shape; their `indices` are keys of the items."""
         for planned in self.plan.held_out_batches(most):
             draws = self.plan.item_draws(planned.items)
             yield self._batch(planned.grid, planned.items, planned.frames, draws)
@@ -185,7 +186,7 @@ class LatentBatches(StepBatches):
         corners = (draws.uniform("tile", 2).double() * (whole - size + 1)).long()
         first = frames[:, :1] // self.plan.video.frame_stride
         if frames.shape[1] == 1:
-            first = torch.zeros_like(first)  # a picture knows nothing of time
+            first = torch.zeros_like(first)  # a picture has no place in time
         ends = (corners + size).tolist()
         tiles = [
             (slice(None), slice(top, bottom), slice(left, right))
@@ -195,8 +196,8 @@ class LatentBatches(StepBatches):
 
 
 class MixedBatches(StepBatches):
-    """This rank's part of every step where a step's items come from one of several sources, as
-    `plan` says. `sources`: the batches of each, of the plans that `plan` mixes."""
+    """This rank's part of every step, where the items of a step come from one of several sources,
+    as `plan` says. `sources`: the batches of each source, for the plans that `plan` mixes."""
 
     def __init__(self, sources: list[LatentBatches], plan: MixedPlan):
         self.plan: MixedPlan = plan

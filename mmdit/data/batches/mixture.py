@@ -1,8 +1,9 @@
-"""Several sources in one training: which of them a step sees. Like the plan of each, it is a pure
-function of (seed, step).
+"""Several sources in one training: decide which of them a step sees. Like the plan of each source,
+this is a pure function of (seed, step).
 
-A step's global batch is of one source, for a batch holds one size and one number of frames. The
-steps of a source are spread evenly, and are numbered: its own plan knows nothing of the others.
+A step's global batch comes from a single source, because a batch has one size and one number of
+frames. The steps of a source are spread evenly and numbered, so that its plan need not know of the
+others.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from mmdit.rng import uniform
 class Mixture:
     """Shares the steps of a training out among sources.
 
-    The first source has step s if floor(s·f + phase(seed)) grows, where f is its share. The steps
-    that are left are numbered anew, and the others share them out in the same way. So each source
-    has its share of any number of steps, to within a few, and exactly so on average over seeds.
+    The first source gets step s if floor(s·f + phase(seed)) grows, where f is its share. The
+    remaining steps are numbered anew and shared out among the other sources in the same way. So in
+    any number of steps each source has its share to within a few steps, and exactly so on average
+    over seeds.
     """
 
     def __init__(self, shares: Sequence[float], seed: int):
         total = math.fsum(shares)
         self.shares = [share / total for share in shares]
-        # the share of each source but the last in the steps that those before it leave
+        # each source's share, except the last one's, of the steps that the sources before it leave
         left = [math.fsum(shares[number:]) for number in range(len(shares))]
         self._fractions = [share / rest for share, rest in zip(shares, left, strict=True)][:-1]
         self._phases = [uniform(seed, "source", number) for number in range(len(shares) - 1)]
 
     def at(self, step: int) -> tuple[int, int]:
-        """Return the number of the source of a step (from 0), and how many steps it had before."""
+        """Return the number (from 0) of the source of a step, and how many steps that source had
+        before."""
         position = step
         pairs = zip(self._fractions, self._phases, strict=True)
         for source, (fraction, phase) in enumerate(pairs):
@@ -51,8 +54,8 @@ class Mixture:
 
 
 class MixedPlan:
-    """Every step's source, and what is seen of each. `plans`: of the sources, each with its `name`;
-    `shares`: of the steps; `max_steps`: how long the training is, for the report."""
+    """The source of every step, and what is seen of each source. `plans`: of the sources, each with
+    its `name`; `shares`: of the steps; `max_steps`: the length of the training, for the report."""
 
     def __init__(self, plans: list[BatchPlan], shares: Sequence[float], max_steps: int):
         self.plans, self.max_steps = plans, max_steps
@@ -69,9 +72,9 @@ class MixedPlan:
         return [{"source": plan.name} | row for plan in self.plans for row in plan.table()]
 
     def shares(self) -> list[dict]:
-        """Return for each source its share of the steps, as asked for and as counted over the
-        training, and its epochs: one takes as many steps of the training as show as many of its
-        samples as it has items."""
+        """Return, for each source, its share of the steps, as configured and as counted over the
+        training, and its epochs. `epoch_steps` counts steps of the training until as many of its
+        samples were seen as it has items."""
         rows = []
         counts = self.mixture.counts(self.max_steps)
         for plan, asked, count in zip(self.plans, self.mixture.shares, counts, strict=True):
@@ -88,7 +91,7 @@ class MixedPlan:
         return rows
 
     def report(self) -> str:
-        """Return, for people, what training will see."""
+        """Return a text for people about what training will see."""
         rows = self.shares()
         lines = [f"{len(rows)} sources; each step is of one of them"]
         for plan, row in zip(self.plans, rows, strict=True):

@@ -1,7 +1,8 @@
-"""Training without a cache: sources are looked at once, then decoded and encoded for each batch.
+"""Training without a cache: all sources are inspected once, then decoded and encoded for each
+batch.
 
 Everything is decided, decoded and cut by the functions that caching uses, so batches are the same
-up to rounding. It is slow, and for trying things.
+up to rounding. This is slow, and meant for trying things out.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from mmdit.data.dataset.records import Record, media_of, read_records
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
-FRAMES_AT_ONCE = 256  # that are encoded
+FRAMES_AT_ONCE = 256  # frames that are encoded at once
 
 
 class UnencodedItems(LatentCache):
     """The items that caching would make of the records in a JSONL file, without their latents.
-    `skips`: the records that it would skip; `other_rates`: see `look`. ValueError: none is
+    `skips`: the records that it would skip; `other_rates`: see `look`. ValueError if none is
     left."""
 
     def __init__(
@@ -55,7 +56,7 @@ class UnencodedItems(LatentCache):
         self.tokenizer, self.device = tokenizer, device
         self.video, self.preprocess = video, preprocess
         self.decode = Decode(media, manifest, preprocess, video)
-        # of a tokenizer that joins frames: how many it is given at once
+        # for a tokenizer that joins frames: how many it gets at once
         self.window = video.num_frames if manifest.clip_plan and media == "video" else 0
         self.other_rates = other_rates(records, video.fps) if media == "video" else ""
         self.skips: list[Skip] = []
@@ -81,7 +82,7 @@ class UnencodedItems(LatentCache):
         super().__init__(path, manifest, Columns.of(entries))
 
     def _entries(self, record: Record, row: dict, manifest: CacheManifest) -> Iterator[Entry]:
-        """Yield what a cache would know of every crop of a record; `row`: of `look_at`."""
+        """Yield the cache entries of all crops of a record; `row`: its row from `look_at`."""
         (width, height), frames, spec = row["bucket"], row["frames"], manifest.spec
         if self.window:
             chosen = len(cached_frames(frames, self.video))
@@ -97,8 +98,8 @@ class UnencodedItems(LatentCache):
             yield entry
 
     def pixels(self, item: int) -> Tensor:
-        """Decode an item: uint8 `(F, 3, H, W)`, the frames that a cache would hold. ValueError
-        names a source that cannot be used."""
+        """Decode an item; return the frames that a cache would hold, uint8 `(F, 3, H, W)`.
+        ValueError names a source that cannot be used."""
         id = self.ids[item]
         record = self._records[id]
         result = self.decode[[record]]
@@ -116,8 +117,8 @@ class UnencodedItems(LatentCache):
         raise ValueError(f"{record.path} has changed since the training began; start it again")
 
     def _fits(self, pixels: Tensor, item: int) -> bool:
-        """Return whether `pixels (F, 3, H, W)` have the size, and a clip the frames, that the
-        training was planned with."""
+        """Return whether `pixels (F, 3, H, W)` have the size, and for clips the number of frames,
+        that the training was planned with."""
         frames, rows, columns, _ = self.shapes[item].tolist()
         cell = self.manifest.spec.spatial
         same_size = pixels.shape[2:] == (rows * cell, columns * cell)
@@ -125,7 +126,7 @@ class UnencodedItems(LatentCache):
 
 
 class Encoding:
-    """A store whose latents are made for each batch: threads decode, then the tokenizer encodes."""
+    """A store that makes latents for each batch: threads decode, then the tokenizer encodes."""
 
     def __init__(self, items: UnencodedItems, num_workers: int):
         self.items, self.threads = items, max(1, num_workers)
@@ -147,8 +148,8 @@ class Encoding:
         return torch.stack(samples)
 
     def _read(self, item: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pixels that must be encoded for the latent frames `numbers (F,)` of an item,
-        and which of their latent frames these are."""
+        """Return the pixels that must be encoded to get the latent frames `numbers (F,)` of an
+        item, and the numbers of these frames in the result."""
         pixels, window = self.items.pixels(item), self.items.window
         if not window:
             return pixels[numbers], torch.arange(len(numbers))

@@ -1,4 +1,4 @@
-"""Hold what batches are gathered from: a whole cache in memory, or its files."""
+"""The stores that batches are gathered from: a whole cache in memory, or its files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from mmdit.data.dataset.captions import all_captions
 
 Part = tuple[slice, slice, slice]  # frames (all), rows and columns
 Text = tuple[list[str], str, dict]  # all captions of an item, its id, its facts
-TEXTS = 1 << 17  # items whose texts are kept; a larger cache costs time, not memory
+TEXTS = 1 << 17  # items whose texts are kept in memory; those of further items are read again
 LOADERS = 8  # threads that load a cache into memory
-LARGE = 1 << 18  # bytes an item
+LARGE = 1 << 18  # bytes of an item from which loading in threads pays
 MEMORY_SHARE = 0.25  # of the machine's memory, for caches held in it
 
 
 def open_store(
     cache: LatentCache, in_memory: Literal["auto", True, False], progress: bool
 ) -> InMemory | OnDisk:
-    """Return a store of a cache; "auto": in memory, if it takes at most a quarter of it."""
+    """Return a store for a cache; "auto" holds it in memory if it takes at most a quarter of
+    that."""
     if in_memory == "auto":
         in_memory = fits_in_memory(cache.nbytes)
     if not in_memory:
@@ -37,14 +38,14 @@ def open_store(
 
 
 def fits_in_memory(size: int) -> bool:
-    """Return whether `size` bytes take at most a quarter of the memory, with a copy in every
-    process of this machine."""
+    """Return whether `size` bytes take at most a quarter of the memory if every process on this
+    machine holds a copy."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return size * processes <= MEMORY_SHARE * memory_bytes()
 
 
 def memory_bytes() -> int:
-    """Return the memory of the machine, or of the container if that is less."""
+    """Return the memory of the machine in bytes, or that of the container if it is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.exists() else ""
@@ -58,8 +59,8 @@ def text_of(cache: LatentCache, item: int) -> Text:
 
 
 class InMemory:
-    """All latents, one tensor a grid, so that a batch is one gather; and texts as they are asked
-    for, which a small network's step is too short to find anew."""
+    """All latents, in one tensor for each grid, so that making a batch is one gather. Texts are
+    kept once they were asked for: reading them anew takes longer than a step of a small network."""
 
     def __init__(self, cache: LatentCache, progress: bool):
         self.frames: dict[Grid, Tensor] = {}
@@ -80,7 +81,7 @@ class InMemory:
             place = self.frames[tuple(grids[item])][firsts[item] : ends[item]]
             cache.load(item, out=place)
 
-        # threads help where items are large: reads and check sums run beside each other
+        # threads help where items are large: reads and check sums then run in parallel
         large = cache.nbytes > LARGE * len(cache)
         with ThreadPoolExecutor(LOADERS, "loading") as pool:
             loaded = (pool.map if large else map)(take, range(len(cache)))
@@ -92,9 +93,9 @@ class InMemory:
     def gather(
         self, grid: Grid, items: Tensor, frames: Tensor, tiles: list[Part] | None = None
     ) -> Tensor:
-        """Return latents `(B, F, *grid, channels)` of `items (B,)`, their `frames (B, F)`; of each
-        item one of the `tiles`, all of one size, if they are given. For a GPU they lie in
-        page-locked memory, from where it fetches them while it computes."""
+        """Return latents `(B, F, *grid, channels)` of `items (B,)` at their `frames (B, F)`; with
+        `tiles`, of each item one tile, all of one size. With CUDA they are in page-locked memory,
+        which a GPU can read while it computes."""
         source, rows = self.frames[grid], self.first[items][:, None] + frames
         shape = source.shape if tiles is None else source[tiles[0]].shape
         batch = torch.empty(*frames.shape, *shape[1:], dtype=source.dtype, pin_memory=self._pinned)
@@ -107,7 +108,7 @@ class InMemory:
 
 
 class OnDisk:
-    """Latents read when they are needed, of each clip the frames of the sample alone."""
+    """Latents that are read when they are needed; of a clip, only the frames of the sample."""
 
     def __init__(self, cache: LatentCache):
         self.cache = cache

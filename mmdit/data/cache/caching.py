@@ -1,12 +1,12 @@
-"""From records to a latent cache: workers decode, the device encodes, threads or, of thousands of
-small items, processes save. Stopped at any moment, it can go on.
+"""From records to a latent cache: workers decode, the device encodes, and threads (or processes,
+for thousands of small items) save. It can be stopped at any moment and continued.
 
     records ─► [workers: decoding] ─► batches of one size ─► encode ─► [CacheWriter]
 
-A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`, and what was cached
-of it when it was another is taken out; wrong settings stop the run before any work. Under
-`torchrun` each rank takes every world-th record (or row group of parquet files): there is no
-communication, ranks may finish at different times.
+A picture that cannot be used is skipped, counted and listed in `skipped.jsonl`, and items that were
+cached from an earlier content of its file are removed. Wrong settings stop the run before any work.
+Under `torchrun` each rank takes every world-th record (or row group of parquet files): there is no
+communication, and ranks may finish at different times.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from mmdit.data.dataset.workers import helper_count, helping_processes
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
-HOPELESS = 1000  # so many failures with no success: the paths are wrong, not the pictures
-WORKERS_PER_HELPER = 4  # that decode, for one that writes: small pictures are decoded in 1.5 ms
+HOPELESS = 1000  # with as many failures and no success, the paths are wrong, not the pictures
+WORKERS_PER_HELPER = 4  # decoding workers a writing process: small pictures decode in 1.5 ms
 
 
 @dataclass
 class Caching:
-    """Encodes every record that a cache lacks; all frames of a clip are kept (frames are chosen
-    when a batch is made). `run()` does it, once."""
+    """Encodes all records that a cache lacks. All frames of a clip are kept; frames are chosen when
+    a batch is made. Call `run()` once."""
 
     records: list[Record]
     media: Media
@@ -59,20 +59,20 @@ class Caching:
     video: VideoConfig
     bucketing: BucketingConfig = field(default_factory=BucketingConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    source: str = ""  # the metadata's name, noted in the manifest
+    source: str = ""  # name of the metadata, noted in the manifest
     device: torch.device | str = "cpu"
     batch_size: int = 64
     num_workers: int = 0
     rank: int = 0
     world: int = 1
     progress: bool = True  # show a bar
-    prune: bool = False  # take items out that belong to none of the records
+    prune: bool = False  # remove items that belong to none of the records
 
     @explain_disk_errors()
     def run(self) -> CacheReport:
-        """Cache the records and report. Ctrl-C returns a report with `interrupted`; what was
-        written stays and the same call goes on from there. ValueError: the folder holds a cache
-        made with other settings, or nothing usable is left."""
+        """Cache the records; return a report. After Ctrl-C it is a report with `interrupted`; what
+        was written stays, and the same call continues from there. ValueError if the folder holds a
+        cache made with other settings, or if no record can be used."""
         begin = time.monotonic()
         if self.preprocess.jpeg_decoder == "torchvision" and self.media == "video":
             raise ConfigError(
@@ -81,7 +81,7 @@ class Caching:
                 " this caching",
             )
         if self.preprocess.jpeg_decoder == "torchvision":
-            import_torchvision()  # what is missing shows before any work
+            import_torchvision()  # a missing library shows before any work
         self.manifest = CacheManifest.of(
             self.tokenizer, self.video, self.bucketing, self.preprocess, self.source
         )
@@ -104,7 +104,7 @@ class Caching:
             other_rates=other_rates(mine, self.video.fps) if self.media == "video" else "",
             damaged=self.writer.damaged,
         )
-        # pixels that wait until they are a batch, by shape
+        # pixels waiting to become a batch, by shape
         self.buffers: dict[tuple, list[tuple[Tensor, list[Meta]]]] = defaultdict(list)
         self.saver = SavingThreads()
         self.counting = threading.Lock()  # of the report
@@ -166,7 +166,8 @@ class Caching:
             self.saver.wait()
 
     def _take(self, part: Decoded) -> None:
-        """Take in what the workers made of a few records; encode what is a whole batch."""
+        """Add the pixels that workers made of a few records to the buffers; encode a buffer that
+        holds a whole batch."""
         self._skip(part.skips)
         self.report.same_crops += part.same_crops
         for pixels, metas in part.groups:
@@ -177,9 +178,9 @@ class Caching:
                 self._encode(shape)
 
     def _encode(self, shape: tuple) -> None:
-        """Encode the pixels of one shape, and have them saved."""
+        """Encode the pixels of one shape, and have the latents saved."""
         parts = self.buffers.pop(shape)
-        # joined on the device: the parts are page-locked, the whole would not be
+        # joined on the device: the parts are page-locked, but the whole would not be
         pixels = torch.cat([part.to(self.device, non_blocking=True) for part, _ in parts])
         metas = [meta for _, group in parts for meta in group]
         for first in range(0, len(metas), self.batch_size):
@@ -217,8 +218,9 @@ class Caching:
             self.report.removed += removed
 
     def _skip(self, skips: list[Skip]) -> None:
-        """Note records that are left out. What is unusable now was another source when it was
-        cached: its items go. Of one that the file system cannot reach nothing is known."""
+        """Note skipped records. If items of such a record are in the cache, its source was another
+        one then, and they are removed; but not if the file system cannot reach the source, since
+        nothing is known of it."""
         self.report.skipped += skips
         unusable = [skip.id for skip in skips if not skip.unreachable]
         ids = [item for id in unusable for item in self.preprocess.item_ids(id)]
@@ -227,9 +229,9 @@ class Caching:
 
     # ── what is already there ─────────────────────────────────────────────────────────────────────
     def _is_finished(self, record: Record) -> bool:
-        """Return whether nothing of a record has to be decoded; bring what is there up to date. A
-        record whose source was exchanged is done anew; a changed caption is only rewritten, as is
-        the stamp of a source that was moved."""
+        """Return whether nothing of a record needs decoding; bring its items up to date. If the
+        source was replaced, the record is done anew. If only its caption changed, or the source was
+        moved, caption or stamp are rewritten."""
         ids = self.preprocess.item_ids(record.id)
         first = self.writer.entries.get(ids[0])
         source = first.source if first else {}
@@ -242,7 +244,7 @@ class Caching:
         ]
         if state == "changed" or len(same_picture) < len(wanted):
             return False
-        # there after a kill between two crops
+        # items that a kill between two crops left
         self._remove([id for id in ids if id not in wanted])
         if state == "missing":
             kept = "the cache keeps what this id had before, as it was"
@@ -269,8 +271,8 @@ class Caching:
 
     # ── the report ────────────────────────────────────────────────────────────────────────────────
     def _list_skipped(self) -> None:
-        """Write what this process has skipped. Lists of another number of processes go: all their
-        records were looked at again."""
+        """Write the list of records that this process skipped. Lists of an earlier run with another
+        number of processes are removed, since all of their records were tried again."""
         names = [f"skipped-{rank}.jsonl" for rank in range(self.world)]
         if self.world == 1:
             names = ["skipped.jsonl"]
@@ -282,7 +284,7 @@ class Caching:
         list_skipped(folder / names[self.rank], self.report.skipped)
 
     def _find_strangers(self) -> None:
-        """Find the items that belong to none of the records, and take them out if asked to."""
+        """Find the items that belong to none of the records, and remove them if `prune` is set."""
         if self.rank:
             return
         ids = (self.preprocess.item_ids(record.id) for record in self.records)
@@ -292,7 +294,7 @@ class Caching:
             self.report.pruned = self.writer.remove(self.report.strangers)
 
     def _describe_cache(self) -> None:
-        """Report the sizes of all items, and which clips are too short for a sample."""
+        """Report the sizes of all items, and clips that are too short for a training sample."""
         sizes = [self.manifest.size_of(entry.shape) for entry in self.writer.entries.values()]
         self.report.sizes = dict(Counter("{}x{}".format(*size) for size in sizes))
         video = latent_video(self.video, self.tokenizer.spec)

@@ -1,4 +1,4 @@
-"""Report what became of every record that was to be cached."""
+"""Report on the records of one caching run."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from mmdit.data.dataset.problems import Damaged, Skip, by_problem
 
 @dataclass
 class CacheReport:
-    """Counts over the records of one run. Items are what a cache holds: several crops of a record
-    are several items."""
+    """Counts over the records of one run. Records have one item in the cache, or several: one for
+    each crop."""
 
     records: int = 0
-    already: int = 0  # records finished by an earlier run
+    already: int = 0  # records that an earlier run finished
     recaptioned: int = 0  # of those, with a new caption
-    renewed: int = 0  # of those, at another place or with other times, and the same bytes
-    old_stamps: int = 0  # of those, the same as far as an older version of this program had noted
-    gone: list[str] = field(default_factory=list)  # of those, whose source is no longer there
-    removed: int = 0  # items taken out: of sources that are now another or unusable
+    renewed: int = 0  # of those, moved or with other file times, but with the same bytes
+    old_stamps: int = 0  # of those, unchanged as far as the notes of an older version can tell
+    gone: list[str] = field(default_factory=list)  # of those, records whose source no longer exists
+    removed: int = 0  # items removed because their source was replaced or is unusable
     damaged: dict[str, Damaged] = field(default_factory=dict)  # id → why it could not be read
-    strangers: list[str] = field(default_factory=list)  # items of no record
-    pruned: int = 0  # of those, taken out
-    too_short: str = ""  # said of clips that give no sample
+    strangers: list[str] = field(default_factory=list)  # items that belong to no record
+    pruned: int = 0  # of those, removed
+    too_short: str = ""  # a sentence about clips that give no sample
     written: int = 0  # items
-    same_crops: int = 0  # crops that would have repeated an earlier one of their picture
+    same_crops: int = 0  # crops not written because they repeat another one of their picture
     empty_captions: int = 0
     animated: int = 0  # items from an animated picture
     notes: Counter = field(default_factory=Counter)  # items by key of `colours.NOTES`
-    older: str = ""  # said of a cache that was begun with another version of decoding
-    other_rates: str = ""  # said of folders of frames that were taken at another rate
-    precision: str = ""  # said of a cache that has not noted that of its latents
+    older: str = ""  # a sentence about a cache begun with another version of decoding
+    other_rates: str = ""  # a sentence about folders of frames taken at another rate
+    precision: str = ""  # a sentence about a cache that does not note the precision of its latents
     skipped: list[Skip] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)  # items in the cache (of a lone process)
+    sizes: dict[str, int] = field(default_factory=dict)  # items in the cache (with one process)
     seconds: float = 0.0
     interrupted: bool = False
 

@@ -1,4 +1,4 @@
-"""The index of an opened cache, of whatever layout: a column for each thing known of the items."""
+"""The index of an opened cache, of whichever layout: one column for each property of the items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdit.data.cache.items import Entry
 
 
 class Lazy(Sequence):
-    """A sequence of `count` things, each made by `get(number)` when it is asked for."""
+    """A sequence of `count` values, each computed by `get(number)` when it is asked for."""
 
     def __init__(self, count: int, get: Callable[[int], Any]):
         self.numbers, self.get = range(count), get
@@ -35,9 +35,9 @@ def cut_part(values: Any, ends: Any, index: int) -> Any:
 
 @dataclass
 class Columns:
-    """What is known of every item, by its number in the order of the ids: `shapes (N, 4)` int64
-    (frames, rows, columns, channels); `places (N, 3)` int64 (bytes of the file, offset of the
-    numbers in it, their CRC-32). `rates`: frames a second of the video files among the sources.
+    """The properties of all items, in the order of their ids. `shapes (N, 4)` int64: frames, rows,
+    columns, channels; `places (N, 3)` int64: bytes of the file, offset of the numbers in it, CRC-32
+    of the numbers. `rates`: the frame rates at which video files among the sources were read.
     """
 
     ids: Sequence[str]
@@ -52,7 +52,7 @@ class Columns:
 
     @staticmethod
     def of(entries: Iterable[Entry]) -> Columns:
-        """Return the columns of some entries."""
+        """Return the columns of `entries`, sorted by id."""
         ordered = sorted(entries, key=lambda entry: entry.id)
         places = [(entry.bytes, entry.offset, entry.crc) for entry in ordered]
         ends = np.cumsum([0, *(len(entry.frame_crcs) for entry in ordered)])

@@ -1,5 +1,5 @@
-"""Records to cut pictures, in workers: open, choose a size, crop; what cannot be used becomes a
-`Skip`."""
+"""From records to cropped pictures, in workers: open, choose a size, crop. Records that cannot be
+used become a `Skip`."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from mmdit.data.dataset.stamps import stamp_of
 from mmdit.data.dataset.videos import read_video
 from mmdit.data.dataset.workers import each
 
-IMAGES_AT_ONCE = 16  # that a worker takes; of clips one
+IMAGES_AT_ONCE = 16  # that a worker takes; it takes clips one at a time
 
 
 @dataclass
 class Meta:
-    """What is stored beside one item's latents."""
+    """The data stored beside the latents of one item."""
 
     id: str
     caption: str
     facts: dict
     source: dict
-    repeated: list[str]  # ids of crops of the same picture that are not written
+    repeated: list[str]  # ids of crops of the same picture that are not written, being repetitions
 
 
 @dataclass
 class Coded:
-    """A picture that the device will decode."""
+    """A JPEG file that the device will decode."""
 
     record: Record
     picture: CodedPicture
@@ -57,16 +57,17 @@ class Coded:
 
 @dataclass
 class Decoded:
-    """What became of a few records."""
+    """The result of decoding a few records."""
 
     records: int
     groups: list[tuple[Tensor, list[Meta]]] = field(default_factory=list)  # uint8 (B, F, 3, H, W)
     skips: list[Skip] = field(default_factory=list)
-    same_crops: int = 0  # that would repeat another crop of their picture
+    same_crops: int = 0  # crops left out because they repeat another one of their picture
     coded: list[Coded] = field(default_factory=list)
 
     def pin_memory(self) -> Decoded:
-        """Return the same with pixels in page-locked memory; DataLoader knows this name."""
+        """Return this with pixels in page-locked memory. DataLoader calls the method by this
+        name."""
         return replace(self, groups=[(pixels.pin_memory(), metas) for pixels, metas in self.groups])
 
 
@@ -79,13 +80,13 @@ def decoded(
     num_workers: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[Decoded]:
-    """Yield the cut pictures of the records, decoded by workers, in their order; those over which a
-    worker was killed come at the end."""
+    """Yield the cropped pictures of the records, decoded by workers, in order. Records during which
+    a worker was killed come at the end."""
     chunk = IMAGES_AT_ONCE if media == "image" else 1
     decode = Decode(media, manifest, preprocess, video)
     pin_memory = torch.device(device).type == "cuda"
     for _, result in each(decode, records, chunk, num_workers, pin_memory):
-        if isinstance(result, list):  # of a record over which a worker was killed
+        if isinstance(result, list):  # of a record during which a worker was killed
             result = Decoded(1, skips=result)
         if result.coded:
             decode.finish(result, device)
@@ -93,8 +94,8 @@ def decoded(
 
 
 class Decode(Dataset):
-    """Maps a few records to their crops, grouped by size. The records come through the sampler, so
-    that a million of them are neither pickled to nor copied by every worker."""
+    """Maps a few records to their crops, grouped by size. The records are passed as the keys of the
+    data set, so that a million of them need not be pickled for, or copied to, every worker."""
 
     def __init__(
         self,
@@ -130,10 +131,10 @@ class Decode(Dataset):
         return result
 
     def crops(self, record: Record) -> list[tuple[np.ndarray, Meta]]:
-        """Return uint8 `(F, 3, H, W)` for every crop of the record that is not a repetition; a clip
-        has one box for all its frames."""
+        """Return uint8 `(F, 3, H, W)` for every crop of the record that repeats no other; all
+        frames of a clip have the same box."""
         boxes, frames, source, target = {}, [], (0, 0), (0, 0)
-        # before it is decoded: what changes meanwhile is noticed next time
+        # taken before decoding: a change during decoding is then noticed at the next run
         stamp = stamp_of(record.source, self.fps)
         animated, notes = False, set()
         for number, (name, image) in enumerate(pictures(record, self.media, self.fps)):
@@ -157,7 +158,7 @@ class Decode(Dataset):
         return crops
 
     def metas(self, record: Record, boxes: dict[int, Box], origin: dict) -> list[Meta]:
-        """Return what is stored with each crop of a record."""
+        """Return the data to store with each crop of a record."""
         ids = self.preprocess.item_ids(record.id)
         repeated = [id for crop, id in enumerate(ids) if crop not in boxes]
         metas = []
@@ -167,7 +168,7 @@ class Decode(Dataset):
         return metas
 
     def coded(self, record: Record) -> Coded | None:
-        """Return a picture that the device will decode; None where Pillow does."""
+        """Return a picture that the device will decode, or None if Pillow decodes it."""
         wanted = self.media == "image" and self.preprocess.jpeg_decoder == "torchvision"
         named = record.member is not None or record.path.lower().endswith((".jpg", ".jpeg"))
         if not wanted or not named:
@@ -184,8 +185,8 @@ class Decode(Dataset):
         return Coded(record, picture, self.metas(record, boxes, origin))
 
     def finish(self, result: Decoded, device: torch.device | str) -> None:
-        """Decode on the device what workers have left to it; what it cannot decode Pillow decodes
-        here, or says why."""
+        """Decode on the device the pictures that workers left to it. Those that it cannot decode
+        are decoded by Pillow here, or skipped with Pillow's reason."""
         decoded_crops = decode_jpegs([coded.picture for coded in result.coded], device)
         for coded, crops in zip(result.coded, decoded_crops, strict=True):
             try:
@@ -202,13 +203,13 @@ class Decode(Dataset):
 
 
 def rounded(box: Box) -> list[float]:
-    """Return a box as it is stored, in thousandths of a pixel."""
+    """Return a box in the form that is stored, rounded to thousandths of a pixel."""
     return [round(side, 3) for side in box]
 
 
 def pictures(record: Record, media: Media, fps: float) -> Iterator[tuple[str, Image.Image]]:
-    """Yield (name, picture) for every frame of a record; a video file gives `fps` a second.
-    ValueError, OSError: unusable."""
+    """Yield (name, picture) for every frame of a record; a video file gives `fps` frames a second.
+    ValueError or OSError if it is unusable."""
     if media == "image":
         yield record.path, load_image(record.source)
     elif record.is_folder:

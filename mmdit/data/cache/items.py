@@ -1,7 +1,7 @@
 """One cached item: its `.pt` file, which `torch.load(weights_only=True)` reads, and its entry in
 the index.
 
-{"latents": float16 (F, H, W, C) raw, "caption": str, "facts"?: dict, "source"?: dict}
+    {"latents": float16 (F, H, W, C) raw, "caption": str, "facts"?: dict, "source"?: dict}
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ SHORTEST = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(slots=True)
 class Entry:
-    """What an index knows of one item. Batches are read without unpickling: `offset` and `crc`
-    locate and check the numbers inside the file. `frame_crcs` are the `running_crcs` before the
-    last, by which some frames of a clip are checked; indices of older versions have none."""
+    """The index entry of one item. Batches are read without unpickling: `offset` and `crc` locate
+    and check the numbers inside the file. `frame_crcs` are all `running_crcs` except the last, with
+    which single frames of a clip are checked; indices of older versions have none."""
 
     id: str
     file: str  # relative to the cache
     shape: list[int]
     caption: str
     bytes: int  # size of the file
-    offset: int  # -1: the file holds the numbers in no readable form (it was compressed elsewhere)
+    offset: int  # -1: the numbers are not there as they are (another program compressed them)
     crc: int
     frame_crcs: list[int] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
     source: dict = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        """Return the line of `index.jsonl`."""
+        """Return the entry as a line of `index.jsonl` stores it."""
         head = {"id": self.id, "file": self.file, "shape": self.shape, "caption": self.caption}
         place = {"bytes": self.bytes, "offset": self.offset, "crc": self.crc}
         crcs = {"marks": self.frame_crcs} if self.frame_crcs else {}
@@ -54,18 +54,18 @@ class Entry:
 
     @property
     def fps(self) -> float | None:
-        """Return the rate at which the frames of a video file were taken, if it was one."""
+        """Return the rate at which frames were taken from a video file; None for other sources."""
         rate = self.source.get("fps")
         return rate if isinstance(rate, int | float) and math.isfinite(rate) else None
 
     def sections(self) -> dict[str, dict]:
-        """Return the facts and the source, each if there is anything to say."""
+        """Return facts and source by name, without empty ones."""
         return {name: getattr(self, name) for name in ("facts", "source") if getattr(self, name)}
 
     @classmethod
     def from_json(cls, row: dict) -> Entry:
-        """Read a line of `index.jsonl`. ValueError, KeyError, TypeError or AttributeError: its
-        values are of other types, or an item does not fit into its file."""
+        """Read a line of `index.jsonl`. ValueError, KeyError, TypeError or AttributeError if its
+        values have wrong types, or if the item does not fit into its file."""
         names = ("id", "file", "shape", "caption", "bytes", "offset", "crc")
         optional = {name: row[name] for name in ("facts", "source") if name in row}
         entry = cls(*(row[name] for name in names), **optional)
@@ -90,19 +90,19 @@ class Entry:
 
 
 def written_crcs(entry: Entry) -> dict[str, str]:
-    """Return what the JSON of a shard says of an item's `frame_crcs`: nothing if there are none."""
+    """Return the `frame_crcs` of an item as the JSON of a shard holds them; nothing without any."""
     digits = "".join(f"{crc:08x}" for crc in entry.frame_crcs)
     return {"marks": digits} if digits else {}
 
 
 def read_crcs(row: dict) -> list[int]:
-    """Return the `frame_crcs` that `written_crcs` has written."""
+    """Return the `frame_crcs` that `written_crcs` wrote."""
     return np.frombuffer(bytes.fromhex(row.get("marks", "")), ">u4").tolist()
 
 
 def running_crcs(numbers: np.ndarray) -> list[int]:
-    """Return the CRC-32 of the first frame, of the first two, … of all frames `(F, H, W, C)`. Two
-    of them check the frames between."""
+    """Return the CRC-32 of the first frame, of the first two, … of all frames `(F, H, W, C)`. With
+    two of them the frames in between can be checked."""
     crcs, crc = [], 0
     for frame in numbers:
         crc = zlib.crc32(frame, crc)
@@ -111,17 +111,17 @@ def running_crcs(numbers: np.ndarray) -> list[int]:
 
 
 def dump_json(value: dict) -> str:
-    """Return the shortest JSON of a value, in any script."""
+    """Return a value as JSON without spaces, with all characters as they are."""
     return SHORTEST.encode(value)
 
 
 def make_item(
     id: str, file: str, latents: Tensor, caption: str, facts: dict, source: dict
 ) -> tuple[list[bytes | memoryview], Entry]:
-    """Return an item's file, as pieces one behind the other, and its entry, for `latents (F, H, W,
-    C)` float16 on the CPU. ValueError: a text cannot be stored."""
+    """Return an item's file, as pieces to be written one after the other, and its entry, for
+    `latents (F, H, W, C)` float16 on the CPU. ValueError if a text cannot be stored."""
     check_storable({"caption": caption, "facts": facts}, f"item {id}")
-    # by way of numpy, for of a part of a batch torch.save would store the whole
+    # through numpy: of a slice of a batch, torch.save would store the whole batch
     numbers = torch.from_numpy(latents.contiguous().numpy())
     content = {"latents": numbers, "caption": caption}
     content |= {"facts": facts} if facts else {}
@@ -134,12 +134,13 @@ def make_item(
 
 
 class _Pieces:
-    """A file for torch.save that keeps what it is given, and the numbers as the memory where they
-    lie: nothing large is copied, so that threads which make items do not hold each other up."""
+    """A file object for torch.save that keeps what is written, and for the latents only refers to
+    their memory. Nothing large is copied, so that threads which make items do not block each
+    other."""
 
     def __init__(self, numbers: Tensor):
         self._address, self._numbers = numbers.data_ptr(), numbers.numpy().data.cast("B")
-        self._around = [io.BytesIO()]  # what stands before the numbers, and behind them
+        self._around = [io.BytesIO()]  # what is written before the numbers, and behind them
         self.offset = -1  # of the numbers
 
     def write(self, data: memoryview) -> int:
@@ -147,13 +148,13 @@ class _Pieces:
             self.offset = self._around[0].tell()
             self._around.append(io.BytesIO())
             return len(data)
-        return self._around[-1].write(data)  # copied, for it is valid during this call alone
+        return self._around[-1].write(data)  # copied, because it is valid during this call only
 
     def flush(self) -> None:
-        """Do nothing: it is all kept. torch.save calls it."""
+        """Do nothing, since everything is kept in memory; torch.save calls this."""
 
     def whole(self) -> list[bytes | memoryview]:
-        """Return the file, one piece behind the other."""
+        """Return the whole file as pieces, one after the other."""
         before, *behind = (part.getvalue() for part in self._around)
         return [before, self._numbers, *behind] if behind else [before]
 
@@ -163,7 +164,7 @@ def _address(piece: memoryview) -> int:
 
 
 def _entry(id: str, file: str, place: tuple[int, int], item: dict) -> Entry:
-    """Return the entry of an item. `place`: the size of its file, and where the numbers are."""
+    """Return the entry of an item. `place`: the size of its file, and the offset of the numbers."""
     latents = item["latents"].contiguous().numpy()
     *frame_crcs, crc = running_crcs(latents)
     sections = (item.get("facts") or {}, item.get("source") or {})
@@ -172,7 +173,8 @@ def _entry(id: str, file: str, place: tuple[int, int], item: dict) -> Entry:
 
 
 def load_item(path: str | Path, channels: int | None = None) -> dict:
-    """Read one cache file in full and check it. Damaged: it is torn, or no item of this cache."""
+    """Read and check one cache file completely. Damaged if it is torn, or is not an item of this
+    cache."""
     try:
         with open_regular(path) as file:
             with zipfile.ZipFile(file) as archive:  # torch.load does not compare check sums
@@ -191,7 +193,7 @@ def load_item(path: str | Path, channels: int | None = None) -> dict:
 
 
 def _problem(item: dict, channels: int | None) -> str:
-    """Return what is wrong with the content of a file, "" if nothing is."""
+    """Return what is wrong with the contents of a file, or ""."""
     latents = item["latents"]
     if latents.ndim != 4:
         shape = tuple(latents.shape)
@@ -210,13 +212,13 @@ def _problem(item: dict, channels: int | None) -> str:
 
 
 def damaged_item(path: str | Path, problem: str) -> Damaged:
-    """Return the error for a file that cannot be used."""
+    """Return the error for a cache file that cannot be used."""
     return Damaged(f"cache file {path}", Damage(Path(path).name, problem, REMEDY, delete=True))
 
 
 def read_entry(id: str, file: str, folder: Path, channels: int) -> Entry:
-    """Return the entry of a file that no index lists, perhaps made elsewhere by torch.save.
-    Damaged: it cannot be used."""
+    """Return the entry of a file that no index lists, which may have been written elsewhere by
+    torch.save. Damaged if it cannot be used."""
     item, data = load_item(folder / file, channels), (folder / file).read_bytes()
     numbers = item["latents"].contiguous().numpy().tobytes()
     entry = _entry(id, file, (len(data), data.find(numbers)), item)

@@ -1,4 +1,4 @@
-"""Open a latent cache, of whatever layout: raw latents with captions, and what made them.
+"""Open a latent cache of either layout: raw latents with captions, and the settings that made them.
 
 <folder>/manifest.json    tokenizer (fingerprint, latent spec), sizes, crop
 <folder>/…                the items, as `plain.py` or `packed.py` describes
@@ -24,15 +24,16 @@ from mmdit.files import open_regular
 from mmdit.weights import is_finite
 
 Span = tuple[int, int]  # frames start:stop
-# Bytes between two frames of a clip that are read along rather than left out, for a read apart
-# costs as much as these. A sample that takes every fifth frame of 448x256 leaves out 230 kB.
+# Gaps of up to this many bytes between two wanted frames of a clip are read along, because a
+# separate read costs as much. (A sample that takes every fifth frame of 448x256 leaves out gaps of
+# 230 kB.)
 READ_OVER = 1 << 16
 
 
 class LatentCache:
     """An opened cache: `ids`, `captions`, `facts` and `shapes (N, 4)` int64 (frames, rows, columns,
-    channels), sorted by id: an item's number does not depend on who wrote it when. The texts of a
-    packed one are read when asked for.
+    channels), sorted by id, so that an item's number does not depend on when and by whom it was
+    written. The texts of a packed cache are read when they are asked for.
     """
 
     def __init__(self, folder: Path, manifest: CacheManifest, columns: Columns):
@@ -40,10 +41,10 @@ class LatentCache:
         self.ids, self.captions = columns.ids, columns.captions
         self.facts, self.sources = columns.facts, columns.sources
         self.shapes, self.rates = columns.shapes, columns.rates
-        # as arrays, of which a row costs less than of a tensor
+        # also as arrays, whose rows cost less to read than those of a tensor
         self._shapes, self._places = self.shapes.numpy(), columns.places.numpy()
         self._frame_bytes = 2 * self._shapes[:, 1:].prod(1)
-        self._ends = self._shapes[:, 0].cumsum()  # of the frames of each item in:
+        self._ends = self._shapes[:, 0].cumsum()  # where the frames of each item end in:
         self._compared = np.zeros(self._ends[-1], bool)  # frames whose check sums were compared
 
     def __len__(self) -> int:
@@ -51,14 +52,14 @@ class LatentCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the size of all latents."""
+        """Return the size of all latents in bytes."""
         return int(self.shapes.prod(1).sum()) * 2
 
     def load(
         self, index: int, start: int = 0, stop: int | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Read the latents `(F, H, W, C)` float16 of item `index`, or its frames `start:stop`
-        without the rest, perhaps into `out`, and check them. Damaged names the file or shard."""
+        """Read and check the latents `(F, H, W, C)` float16 of item `index`, or only its frames
+        `start:stop`, into `out` if it is given. Damaged names the file or shard."""
         frames, *size = self._shapes[index].tolist()
         stop = frames if stop is None else stop
         if out is None:
@@ -67,8 +68,8 @@ class LatentCache:
         return out
 
     def load_finite(self, index: int) -> Tensor:
-        """Read all latents of item `index`, as `load` does, and compare their numbers. Damaged:
-        there are nan or infinity among them, of which statistics and pictures would be made."""
+        """Read all latents of item `index`, as `load` does, for statistics or pictures. Damaged if
+        they hold nan or infinity."""
         latents = self.load(index)
         if not is_finite(latents):
             path = self.folder / self.columns.files[index]
@@ -78,8 +79,8 @@ class LatentCache:
         return latents
 
     def load_frames(self, index: int, frames: Tensor, out: Tensor) -> None:
-        """Read the frames `(F,)`, ascending, of item `index` into `out (F, H, W, C)`, and of those
-        between them no more than costs less than another read. See `load`."""
+        """Read the ascending frames `(F,)` of item `index` into `out (F, H, W, C)`. Frames between
+        them are read along only where that costs less than a separate read. See `load`."""
         if len(frames) == 1:
             self.load(index, int(frames), int(frames) + 1, out)
             return
@@ -100,7 +101,7 @@ class LatentCache:
                 target[place.start : place.stop] = part[wanted[place.start : place.stop] - start]
 
     def _load(self, index: int, spans: list[Span], parts: list[np.ndarray]) -> None:
-        """Read frames `start:stop` of an item into a part for each span."""
+        """Read the frames `start:stop` of an item for each of `spans`, each into its part."""
         path = f"{self.folder}/{self.columns.files[index]}"
         try:
             read = self._read(path, index, spans, parts)
@@ -108,7 +109,7 @@ class LatentCache:
             if read and all(self._is_sound(index, part, *span) for part, span in checked):
                 return
         except (OSError, ValueError):
-            pass  # explained below
+            pass  # the cause is found below
         if not path.endswith(".pt"):
             raise damaged_shard(Path(path), self._damage(path, index))
         whole = self._load_whole(path, index).numpy()
@@ -116,8 +117,8 @@ class LatentCache:
             part[:] = whole[start:stop]
 
     def _read(self, path: str, index: int, spans: list[Span], parts: list[np.ndarray]) -> bool:
-        """Read the numbers of some frames without unpickling; return False where the file is not
-        the one that the index knows."""
+        """Read the numbers of some frames without unpickling; return False if the file is not the
+        one that the index lists."""
         size, offset, _ = self._places[index].tolist()
         frame_bytes = int(self._frame_bytes[index])
         with open_regular(path, buffered=False) as file:
@@ -132,8 +133,8 @@ class LatentCache:
         return True
 
     def _is_sound(self, index: int, numbers: np.ndarray, start: int, stop: int) -> bool:
-        """Return whether the frames `start:stop` are as they were written; each part of an item is
-        compared once."""
+        """Return whether the frames `start:stop` are as they were written. Frames are compared
+        once."""
         frames, crc = int(self._shapes[index, 0]), int(self._places[index, 2])
         if stop - start == frames:
             return zlib.crc32(numbers.data) == crc
@@ -141,7 +142,7 @@ class LatentCache:
         compared = self._compared[first + start : first + stop]
         if compared.all():
             return True
-        if not len(crcs):  # of an older cache: only all of it can be compared
+        if not len(crcs):  # an older cache: only the whole item can be checked
             self.load(index)
             self._compared[first : first + frames] = True
             return True
@@ -151,8 +152,8 @@ class LatentCache:
         return bool(compared[0])
 
     def _load_whole(self, path: str, index: int) -> Tensor:
-        """Return the latents of a file that was replaced by hand, read in full. ValueError: it is
-        damaged, or not what the index says."""
+        """Read all of a file that was replaced by hand; return its latents. ValueError if it is
+        damaged, or differs from its entry in the index."""
         item = load_item(path, self.manifest.spec.channels)
         pairs = {
             "shape": (list(item["latents"].shape), self.shapes[index].tolist()),
@@ -168,7 +169,7 @@ class LatentCache:
         return item["latents"]
 
     def _damage(self, path: str, index: int) -> str:
-        """Return why an item could not be read from its shard."""
+        """Return the reason why an item could not be read from its shard."""
         if not os.path.exists(path):
             return "it is missing"
         actual, size = os.stat(path).st_size, int(self.columns.places[index, 0])
@@ -179,8 +180,8 @@ class LatentCache:
 
 def open_cache(folder: str | Path, wanted: CacheManifest | None = None) -> LatentCache:
     """Open the cache in `folder`. With `wanted` (`CacheManifest.of(tokenizer, video, bucketing,
-    preprocess)`), ValueError names every setting in which it differs. Reads the index and the
-    files' names; items that no index lists are read once.
+    preprocess)`), ValueError names every setting that differs. Only the index and the names of
+    files are read, and items that no index lists.
     """
     folder = Path(folder)
     manifest = CacheManifest.read(folder)

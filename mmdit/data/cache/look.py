@@ -1,5 +1,5 @@
-"""Tell what caching will make of sources, before anything is encoded. Every decision is made by the
-functions that caching uses."""
+"""Report what caching will make of sources, before anything is encoded. All decisions are made by
+the functions that caching uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmdit.data.dataset.records import Media, Record
 from mmdit.data.dataset.videos import NEAR, probe, read_video
 from mmdit.data.dataset.workers import each
 
-AT_ONCE = 16  # records a worker takes
+AT_ONCE = 16  # records that a worker takes
 
 
 @dataclass
@@ -63,7 +63,8 @@ class _Look(Dataset):
         }
 
     def open(self, record: Record) -> tuple[Image.Image, dict]:
-        """Return the first picture, whole, and the length that names, headers and packets tell."""
+        """Return the first picture, uncropped, and the length, which is known from file names,
+        headers and packets."""
         if self.media == "image":
             return load_image(record.source), {"frames": 1}
         if not record.is_folder:
@@ -92,13 +93,13 @@ def look_at(
     video: VideoConfig,
     num_workers: int = 0,
 ) -> list[dict | Skip]:
-    """Return a row per record, in their order: `Skip` for one that will be skipped, else its
-    `size`, `bucket` (width, height), `crops` (left, top, right, bottom in source pixels), `kept`
-    (share of the picture), `frames` cached, `frames_used` in a training sample (0: too few), and of
-    a video file its `fps` and `source_frames`.
+    """Return a row for each record, in order: a `Skip` if it will be skipped, else its `size`,
+    `bucket` (width, height), `crops` (left, top, right, bottom in source pixels), `kept` (share of
+    the picture), `frames` cached, `frames_used` in a training sample (0: too few), and for a video
+    file its `fps` and `source_frames`.
 
-    Pictures are decoded. Of a clip only the first frame is: damage behind it shows when it is
-    cached.
+    Pictures are decoded; of a clip only the first frame is, so that damage behind it shows only
+    when it is cached.
     """
     rows: dict[str, dict | Skip] = {}
     with tqdm(total=len(records), desc="looking", unit="item", delay=2) as bar:
@@ -110,8 +111,8 @@ def look_at(
 
 
 def other_rates(records: list[Record], fps: float) -> str:
-    """Return what to say of folders of frames that were taken at another rate than `fps`, as
-    `prepare-frames` notes it; nothing where there are none."""
+    """Return a sentence about folders of frames that were taken at another rate than `fps`, as
+    `prepare-frames` notes it; "" if there are none."""
     rates = {
         record.id: record.facts["frames_fps"]
         for record in records
@@ -128,7 +129,7 @@ def other_rates(records: list[Record], fps: float) -> str:
 
 
 def totals(rows: list[dict | Skip]) -> dict:
-    """Return sums over the rows of `look_at`, JSON-able."""
+    """Return sums over the rows of `look_at`, as JSON-able values."""
     skips = [row for row in rows if isinstance(row, Skip)]
     good = [row for row in rows if isinstance(row, dict)]
     kept, frames = sorted(row["kept"] for row in good), sorted(row["frames"] for row in good)
@@ -159,7 +160,7 @@ def totals(rows: list[dict | Skip]) -> dict:
 
 
 def _row_text(row: dict | Skip) -> str:
-    """Return the line of one record."""
+    """Return a line about one record."""
     if isinstance(row, Skip):
         return ", ".join(filter(None, (f"{row.id}: SKIPPED", row.reason, row.place)))
     source, bucket = ("{}x{}".format(*row[name]) for name in ("size", "bucket"))
@@ -177,7 +178,7 @@ def _row_text(row: dict | Skip) -> str:
 
 
 def look_text(rows: list[dict | Skip], sums: dict) -> str:
-    """Return, for people, a line per record and the totals behind them."""
+    """Return a text for people: a line for each record, and the totals below them."""
     lines = [_row_text(row) for row in rows]
     lines.append(
         "{records} records: {usable} usable as {items} items, {skipped} skipped, {empty_captions}"

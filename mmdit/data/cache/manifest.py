@@ -1,4 +1,4 @@
-"""Describe what made a cache: the few settings on which its latents depend, kept beside them and
+"""Describe how a cache was made: the settings on which its latents depend, stored beside them and
 compared before they are used."""
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What decides the contents of a cache. `source` and the spec's statistics are for the reader's
-    information only."""
+    """The settings that decide the contents of a cache. `source` and the statistics in `spec` are
+    only for the reader's information."""
 
     tokenizer: str  # fingerprint: a hash of weights and configuration
     tokenizer_name: str
@@ -41,9 +41,9 @@ class CacheManifest:
     source: str = ""
     format: int = FORMAT
     max_pixels_per_frame: int = 0
-    clip_plan: dict = field(default_factory=dict)  # of a tokenizer that joins frames in time
-    decoding: int = 1  # version of `pictures` when the cache was begun; the first was not noted
-    precision: str = ""  # of encoding (`Tokenizer.precision`); older caches have not noted it
+    clip_plan: dict = field(default_factory=dict)  # for a tokenizer that joins frames in time
+    decoding: int = 1  # version of `pictures` when the cache was begun; version 1 was not noted
+    precision: str = ""  # of encoding (`Tokenizer.precision`); "" in older caches
 
     @staticmethod
     def of(
@@ -53,7 +53,7 @@ class CacheManifest:
         preprocess: PreprocessConfig | None = None,
         source: str = "",
     ) -> CacheManifest:
-        """Return the manifest that a config asks for: written when caching, wanted when
+        """Return the manifest that a config asks for: to write when caching, to compare when
         training."""
         bucketing, preprocess = bucketing or BucketingConfig(), preprocess or PreprocessConfig()
         sizes = target_sizes(video, bucketing, tokenizer.spec.spatial)
@@ -73,45 +73,46 @@ class CacheManifest:
         )
 
     def choose(self, source: Size) -> Size:
-        """Decide what size an item of `source` pixels gets; nothing else does. ValueError: it
-        cannot be used."""
+        """Return the size that an item of `source` pixels gets; no other code decides it.
+        ValueError if the source cannot be used."""
         if self.max_pixels_per_frame:
             return budget_size(source, self.max_pixels_per_frame, self.spec.spatial)
         return choose_size(source, self.sizes)
 
     def size_of(self, shape: Sequence[int]) -> Size:
-        """Return (width, height) in pixels of latents of a shape `(F, H, W, C)`."""
+        """Return (width, height) in pixels of latents of the shape `(F, H, W, C)`."""
         return shape[2] * self.spec.spatial, shape[1] * self.spec.spatial
 
     def item_bytes(self, frames: int) -> int:
-        """Return how many bytes the latents of the largest item of so many latent frames take."""
+        """Return the size in bytes of the largest item of `frames` latent frames."""
         pixels = max([self.max_pixels_per_frame, *(math.prod(size) for size in self.sizes)])
         return 2 * frames * pixels // self.spec.spatial**2 * self.spec.channels
 
     @property
     def joined(self) -> int | None:
-        """Return how many latent frames of a clip were encoded together, one such sample behind the
-        other; None where each frame was encoded alone."""
+        """Return how many latent frames of a clip were encoded together, in runs that follow each
+        other; None if each frame was encoded alone."""
         frames = self.clip_plan.get("num_frames")
         return self.spec.frames(frames) if isinstance(frames, int) else None
 
     @property
     def plain(self) -> tuple[str, int]:
-        """Return the fingerprint of the tokenizer of the clips alone, and how many channels are
-        theirs: the first half where what a model is given was cached beside them."""
+        """Return the fingerprint of the tokenizer of the clips alone, and the number of their
+        channels. They are the first half of the channels if an input of the model (a picture or
+        small clip) was cached beside them."""
         beside = self.tokenizer_name.partition(" with ")[2].removeprefix("the picture ")
         if not beside:
             return self.tokenizer, self.spec.channels
         return self.tokenizer.removesuffix(f" {beside}"), self.spec.channels // 2
 
     def allows(self, size: Size) -> bool:
-        """Return whether items of this size belong into the cache."""
+        """Return whether items of this size may be in the cache."""
         if self.max_pixels_per_frame:
             return 0 < math.prod(size) <= self.max_pixels_per_frame
         return size in self.sizes
 
     def older(self, folder: str | Path) -> str:
-        """Return what to say of a cache whose pictures were decoded otherwise than now; empty if
+        """Return a sentence about a cache whose pictures were decoded by another version; "" if
         they were not."""
         if self.decoding == DECODING:
             return ""
@@ -122,8 +123,8 @@ class CacheManifest:
         )
 
     def check_precision(self, folder: str | Path, wanted: CacheManifest) -> str:
-        """Return what to say where it is not known in which precision the latents were encoded that
-        others come to; empty if it is known. ConfigError: those to come have another."""
+        """Return a sentence if it is not known with which precision the latents in the cache were
+        encoded, "" if it is known. ConfigError if new latents have another precision."""
         if self.precision == wanted.precision:
             return ""
         if not self.precision:
@@ -145,7 +146,7 @@ class CacheManifest:
 
     @staticmethod
     def read(folder: str | Path) -> CacheManifest:
-        """Read `manifest.json`. ConfigError: there is none, or it is damaged."""
+        """Read `manifest.json`. ConfigError if there is none, or if it is damaged."""
         path = Path(folder) / "manifest.json"
         try:
             with open_regular(path) as file:
@@ -176,9 +177,10 @@ class CacheManifest:
         return manifest
 
     def differences(self, wanted: CacheManifest) -> list[str]:
-        """Return `what: here X, wanted Y` for everything that changes the latents."""
+        """Return `name: the cache has X, the config asks Y` for every setting that changes the
+        latents and differs."""
         here, asked = self._deciding(), wanted._deciding()
-        # the name alone (a moved checkpoint) decides nothing
+        # the name alone (of a moved checkpoint) does not matter
         if self.tokenizer == wanted.tokenizer:
             del here["tokenizer"], asked["tokenizer"]
         return [
@@ -188,8 +190,8 @@ class CacheManifest:
         ]
 
     def latents(self) -> dict[str, object]:
-        """Return what latents must share that are trained on together, by the names that a person
-        knows. (The name of the tokenizer is not among them: a checkpoint may have moved.)"""
+        """Return the properties that latents must share to be trained on together, by names for
+        people. (The tokenizer's name is not among them, since a checkpoint may have been moved.)"""
         return {
             "tokenizer": self.tokenizer,
             "latent channels": self.spec.channels,
@@ -198,7 +200,7 @@ class CacheManifest:
         }
 
     def _deciding(self) -> dict[str, object]:
-        """Return what decides the latents, by the names that a person knows."""
+        """Return all settings that decide the latents, by names for people."""
         settings: dict[str, object] = {
             **self.latents(),
             "tokenizer": f"{self.tokenizer_name} {self.tokenizer}",
@@ -211,8 +213,8 @@ class CacheManifest:
         return settings
 
     def check(self, folder: str | Path, wanted: CacheManifest) -> None:
-        """Raise ValueError with every difference and the remedy, unless the cache is what is
-        wanted."""
+        """Raise ValueError with every difference and the remedy, unless the cache is the wanted
+        one."""
         if differences := self.differences(wanted):
             raise ValueError(
                 "\n  ".join([f"the cache {folder} was made with other settings:", *differences])

@@ -47,12 +47,12 @@ def shard_name(number: int, suffix: str = ".safetensors") -> str:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """Return the shards of a folder, in their order."""
+    """Return the shards in a folder, in order."""
     return sorted(path for path in folder.glob("shard-*") if path.suffix in SUFFIXES.values())
 
 
 def is_packed(folder: Path) -> bool:
-    """Return whether a folder holds a packed cache, perhaps an unfinished one."""
+    """Return whether a folder holds a packed cache, even an unfinished one."""
     return (folder / INDEX).exists() or any(shards_of(folder))
 
 
@@ -67,8 +67,8 @@ def _damaged_index(path: Path, problem: object) -> Damaged:
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────────
 def shard_texts(entries: Iterable[Entry]) -> bytes:
-    """Return the lines of some items. A check sum always has eight digits: the lines are as long
-    before the numbers are known as they are after."""
+    """Return the JSON lines of some items. Check sums always have eight digits, so that the lines
+    have the same length before and after the numbers are known."""
     lines = []
     for entry in entries:
         row = {"crc": f"{entry.crc:08x}", "caption": entry.caption} | written_crcs(entry)
@@ -77,8 +77,8 @@ def shard_texts(entries: Iterable[Entry]) -> bytes:
 
 
 def shard_header(entries: list[Entry]) -> bytes:
-    """Return all of a shard before its numbers. ValueError for the one id that the format keeps to
-    itself."""
+    """Return the part of a shard before its numbers. ValueError for an item with the id that the
+    format reserves."""
     rows, end = {}, 0
     for entry in entries:
         if entry.id == "__metadata__":
@@ -96,8 +96,8 @@ def shard_header(entries: list[Entry]) -> bytes:
 
 
 def read_shard(path: Path) -> list[Entry]:
-    """Return the entries of a shard, in its order, without reading the numbers. Damaged: it is
-    torn, or was not made by us."""
+    """Return the entries of a shard, in its order, without reading the numbers. Damaged if it is
+    torn, or was not made by this module."""
     try:
         if path.suffix == ".tar":
             return read_tar_shard(path)
@@ -139,7 +139,7 @@ def read_shard(path: Path) -> list[Entry]:
 
 # ── the index ─────────────────────────────────────────────────────────────────────────────────────
 def index_of(shards: Iterable[list[Entry]]) -> dict[str, Tensor]:
-    """Return the columns of these shards (`read_shard`), as the index stores them."""
+    """Return the columns of these shards (each from `read_shard`) in the form of the index."""
     shapes, places, files = array("q"), array("q"), array("q")
     crcs, crc_ends, rates = array("I"), array("q", [0]), set()
     blobs = {name: bytearray() for name in TEXTS}
@@ -182,8 +182,8 @@ def write_index(folder: Path, columns: dict[str, Tensor]) -> None:
 
 
 def read_index(folder: Path) -> dict[str, Tensor]:
-    """Return the index as stored, mapped into memory, after a check that no number of it leads
-    outside. ValueError: packing was not finished, or the index is damaged."""
+    """Return the index as it is stored, mapped into memory, after checking that its numbers stay
+    within their files. ValueError if packing was not finished, or the index is damaged."""
     path = folder / INDEX
     if not path.exists():
         raise ValueError(
@@ -203,7 +203,8 @@ def read_index(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_index(columns: dict[str, Tensor]) -> None:
-    """Check that the columns are of one length, places within files, and texts within blobs."""
+    """Raise ValueError unless the columns have one length, places lie within files, and texts
+    within their blobs."""
     shapes, places, files = columns["shapes"], columns["places"], columns["files"]
     count = len(files)
     if not count or shapes.shape != (count, 4) or places.shape != (count, 3) or files.ndim != 1:
@@ -231,7 +232,7 @@ def _check_index(columns: dict[str, Tensor]) -> None:
 
 
 def packed_columns(folder: Path) -> Columns:
-    """Open the index, and look at every shard's size but at none of its bytes. ValueError names the
+    """Open the index and check the size of every shard, but read none of them. ValueError names the
     index or the shard that is missing, damaged or changed."""
     columns, path = read_index(folder), folder / INDEX
     files, places = columns["files"], columns["places"]

@@ -40,7 +40,7 @@ from mmdit.data.dataset.captions import all_captions
 from mmdit.data.dataset.problems import Damaged
 from mmdit.files import clean, lock, real_path, refuse_link, write_atomically
 
-SHARD_ITEMS = 100_000  # at most, for the header of a safetensors file is limited
+SHARD_ITEMS = 100_000  # of a shard, at most, because the header of a safetensors file is limited
 AT_ONCE = 256  # items read ahead
 
 
@@ -55,11 +55,13 @@ def pack_cache(
     shard_format: Format = "safetensors",
     embeddings: Embeddings | None = None,
 ) -> dict:
-    """Write the items of the cache `folder` as shards of about `shard_bytes` and an
-    index into `out_dir`; return counts. Into tars `embeddings` of the captions go along. What is
-    there and still true is kept, so a killed run goes on, and one after the cache has grown writes
-    what changed; until it is finished the folder cannot be opened. `folder` is not touched.
-    ValueError: a damaged item, or `out_dir` is another cache, or holds shards of unknown origin.
+    """Write the items of the cache `folder` as shards of about `shard_bytes`, and an index, into
+    `out_dir`; return counts. Tars also get `embeddings` of the captions, if given.
+
+    Shards that are there and still up to date are kept: so a killed run continues, and a run after
+    the cache has grown only writes what changed. Until it is finished, `out_dir` cannot be opened.
+    `folder` is not changed. ValueError if an item is damaged, or if `out_dir` is another cache or
+    holds shards of unknown origin.
     """
     folder, out = Path(folder), Path(out_dir)
     if shard_bytes < 1:
@@ -92,8 +94,8 @@ def pack_cache(
 
 
 def _note_text_encoder(out: Path, embeddings: Embeddings | None) -> None:
-    """Note whose embeddings the tars hold. Tars with those of another are taken out, for an item
-    does not say it."""
+    """Note which text encoder made the embeddings in the tars. Tars with embeddings of another one
+    are removed, because items do not say it."""
     wanted = embeddings.to_json() if embeddings else None
     noted = noted_text_encoder(out)
     if noted == wanted or (noted and wanted and wanted | noted == wanted):
@@ -136,7 +138,7 @@ def _pack(
 
 
 def _embedding_bytes(cache: LatentCache, embeddings: Embeddings) -> int:
-    """Return about how many bytes the embeddings of an item have, by the first items."""
+    """Return about how many bytes of embeddings an item has, measured on the first items."""
     first, size = range(min(len(cache), 32)), 0
     for item in first:
         captions = all_captions(cache.captions[item], cache.facts[item])
@@ -145,8 +147,8 @@ def _embedding_bytes(cache: LatentCache, embeddings: Embeddings) -> int:
 
 
 def _cuts(cache: LatentCache, shard_bytes: int, beside: int) -> list[int]:
-    """Return the numbers of the items at which a shard begins, and of the end; an item larger than
-    a shard gets one to itself. `beside`: bytes of an item that are no latents."""
+    """Return the numbers of the items with which shards begin, and the number of items. An item
+    larger than a shard gets one of its own. `beside`: bytes of an item besides its latents."""
     cuts, filled = [0], 0
     for item, size in enumerate((2 * cache.shapes.prod(1) + beside).tolist()):
         if item > cuts[-1] and (filled + size > shard_bytes or item - cuts[-1] == SHARD_ITEMS):
@@ -161,8 +163,9 @@ def _entries(cache: LatentCache, part: range) -> list[Entry]:
 
 
 def _is_current(path: Path, cache: LatentCache, part: range) -> bool:
-    """Return whether the shard is there with these items, texts and check sums of the numbers. What
-    was changed after it is read: of a file that was replaced by hand the index has the sum before.
+    """Return whether the shard exists with these items, texts and check sums of the numbers. Files
+    that were modified after the shard are read, because a file that was replaced by hand may not
+    match the sum in the index.
     """
     try:
         stored, written = read_shard(path), path.stat().st_mtime_ns
@@ -171,7 +174,7 @@ def _is_current(path: Path, cache: LatentCache, part: range) -> bool:
     entries = _entries(cache, part)
     files = [cache.folder / entry.file for entry in entries]
     for entry in (*stored, *entries):
-        entry.file, entry.bytes, entry.offset = "", 0, 0  # where an item lies decides nothing
+        entry.file, entry.bytes, entry.offset = "", 0, 0  # where an item is stored does not matter
     if stored != entries:
         return False
     for item, file, entry in zip(part, files, entries, strict=True):
@@ -202,7 +205,7 @@ def _tar(
     bar: tqdm,
     embeddings: Embeddings | None,
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of one tar, piece by piece."""
+    """Yield the bytes of one tar shard, piece by piece."""
     entries = _entries(cache, part)
     loaded = _loaded(cache, part, entries, pool, bar)
     for entry, numbers in zip(entries, loaded, strict=True):
@@ -213,7 +216,7 @@ def _tar(
 def _loaded(
     cache: LatentCache, part: range, entries: list[Entry], pool: ThreadPoolExecutor, bar: tqdm
 ) -> Iterator[np.ndarray]:
-    """Yield the latents of some items, and put their check sums into the entries."""
+    """Yield the latents of some items, and store their check sums in the entries."""
     for first in range(0, len(part), AT_ONCE):
         chunk = slice(first, first + AT_ONCE)
         loaded = pool.map(cache.load_finite, part[chunk])

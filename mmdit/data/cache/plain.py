@@ -1,11 +1,12 @@
-"""The plain layout of a cache, in which it is made: a `.pt` file for each item, and an index.
+"""The plain layout of a cache, the one in which caches are made: a `.pt` file for each item, and an
+index.
 
     <folder>/<id>.pt                   or, when bucketing is on, <folder>/<width>x<height>/<id>.pt
-    <folder>/index.jsonl               a line per item; where several processes write, each has an
+    <folder>/index.jsonl               a line per item; if several processes write, each has an
                                        index-<rank>.jsonl
 
-The files are the truth. The index saves opening them: where it is missing, torn, or contradicts
-itself, it is rebuilt from the files.
+The files are authoritative. The index only saves opening them: where it is missing, torn, or
+contradicts itself, it is rebuilt from the files.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _SIZE_FOLDER = re.compile(r"[1-9]\d*x[1-9]\d*")
 
 
 def item_files(folder: Path) -> dict[str, str]:
-    """Return the file of each id, relative to `folder`, from names alone. ValueError: an id is
-    there in two sizes."""
+    """Return the file of each id, relative to `folder`, from file names alone. ValueError if an id
+    exists in two sizes."""
     files: dict[str, str] = {}
     with os.scandir(folder) as top:
         sizes = sorted(entry.name for entry in top if _SIZE_FOLDER.fullmatch(entry.name))
@@ -52,18 +53,19 @@ def index_files(folder: Path) -> list[Path]:
 
 
 def entry_line(entry: Entry) -> str:
-    """Return the index line of an item that was written."""
+    """Return the index line for an item that was written."""
     return dump_json(entry.to_json()) + "\n"
 
 
 def removal_line(id: str, file: str) -> str:
-    """Return the index line of an item that was taken out."""
+    """Return the index line for an item that was removed."""
     return dump_json({"id": id, "file": file, "removed": True}) + "\n"
 
 
 def index_lines(path: Path) -> Iterator[tuple[int, str, Entry | None]]:
-    """Yield (line number, id, entry) of an index file: no entry where the item was taken out, and
-    no id either where the line cannot be read. Empty lines are where a killed run was resumed."""
+    """Yield (line number, id, entry) for each line of an index file. The entry is None if the item
+    was removed, and the id "" as well if the line cannot be read. Empty lines, where a killed run
+    was resumed, are left out."""
     with regular_file(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -78,23 +80,24 @@ def index_lines(path: Path) -> Iterator[tuple[int, str, Entry | None]]:
 
 @dataclass
 class Entries:
-    """What the files and indices of a cache folder say."""
+    """The contents of a cache folder, from its files and indices."""
 
-    by_id: dict[str, Entry] = field(default_factory=dict)  # of exactly the files that are there
-    rebuilt: list[Entry] = field(default_factory=list)  # those of them that no index held
-    lost: dict[str, str] = field(default_factory=dict)  # id → file in an index, but not there
-    damaged: dict[str, Damaged] = field(default_factory=dict)  # by id; in no index either
+    by_id: dict[str, Entry] = field(default_factory=dict)  # of all items with a file
+    rebuilt: list[Entry] = field(default_factory=list)  # those of them that were in no index
+    lost: dict[str, str] = field(default_factory=dict)  # id → file in an index that does not exist
+    damaged: dict[str, Damaged] = field(default_factory=dict)  # by id; these are in no index either
 
 
 def read_entries(folder: Path, channels: int, forgiving: bool = False) -> Entries:
-    """Read a cache folder. Raises Damaged for an item that no index holds, unless `forgiving`."""
+    """Read a cache folder. Damaged for an item that is in no index and cannot be read, unless
+    `forgiving`."""
     files, removed = item_files(folder), set()
     result = Entries()
     disputed = set()
     for path in index_files(folder):
-        entries: dict[str, Entry] = {}  # a later line of one writer replaces an earlier one
+        entries: dict[str, Entry] = {}  # a later line of the same writer replaces an earlier one
         for _, id, entry in index_lines(path):
-            if entry is None:  # taken out, or torn by a kill: its item is read from its file
+            if entry is None:  # removed, or torn by a kill: an existing item is read from its file
                 removed.add(id)
                 entries.pop(id, None)
             elif id not in files:

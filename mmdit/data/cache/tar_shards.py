@@ -1,4 +1,4 @@
-"""Shards of a packed cache as WebDataset tars, which the public library reads as it reads any.
+"""Shards of a packed cache as WebDataset tars, which the public library reads like any other.
 
     <key>.latents.npy    float16 (F, H, W, C), raw
     <key>.txt            the caption
@@ -6,7 +6,7 @@
     <key>.text.npy       the embedding of the caption (tokens, dim), if asked for; of further
                          captions .text1.npy …
 
-A key is an id whose dots are written `%2E`, for behind a dot a name goes on as an extension.
+A key is an id in which dots are written as `%2E`, because a dot in a name begins its extension.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ TEXT_ENCODER = "text_encoder.json"  # which one made the embeddings in the tars 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Whose embeddings go along with the captions. `key` changes with the encoder's weights,
-    `settings` with its config ("": none); `rows(captions)` returns each `(tokens, dim)` on the CPU,
-    of `dtype`."""
+    """The embeddings that are stored with the captions. `key` changes with the encoder's weights,
+    `settings` with its config ("" if it has none); `rows(captions)` returns one tensor `(tokens,
+    dim)` of the type `dtype` on the CPU for each caption."""
 
     key: str
     dtype: str
@@ -45,7 +45,7 @@ class Embeddings:
     settings: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """Return what is noted beside the tars."""
+        """Return the JSON that is written beside the tars."""
         return {"key": self.key, "dtype": self.dtype, "settings": self.settings}
 
 
@@ -53,7 +53,7 @@ class Embeddings:
 def tar_item(
     entry: Entry, latents: np.ndarray, embeddings: Embeddings | None
 ) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of one item of a tar, a few pieces for each of its files."""
+    """Yield the bytes of one item of a tar, in a few pieces for each of its files."""
     key = entry.id.replace("%", "%25").replace(".", "%2E")
     head, numbers = _npy(latents)
     row = {"id": entry.id, "crc": f"{entry.crc:08x}"} | written_crcs(entry)
@@ -69,7 +69,8 @@ def tar_item(
 
 
 def stored_form(text: Tensor) -> Tensor:
-    """Return an embedding as a tar holds it: numpy has no bfloat16, float32 holds it exactly."""
+    """Return an embedding in the form that a tar stores: numpy has no bfloat16, and float32 holds
+    it exactly."""
     return text.float() if text.dtype == torch.bfloat16 else text
 
 
@@ -96,14 +97,14 @@ def _file(name: str, *pieces: bytes | memoryview) -> Iterator[bytes | memoryview
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 def read_tar_shard(path: Path) -> list[Entry]:
     """Return the entries of a tar, in its order, without reading the numbers. OSError, ValueError,
-    KeyError, TypeError or AttributeError: it is torn, or was not made by us."""
+    KeyError, TypeError or AttributeError if it is torn, or was not made by this module."""
     archive = Archive.of(path)
     with archive.open_binary() as file:
         return [_entry(archive, file, files) for files in _items(archive)]
 
 
 def _entry(archive: Archive, file: io.FileIO, files: dict[str, TarEntry]) -> Entry:
-    """Return the entry of an item. Errors as of `read_tar_shard`."""
+    """Return the entry of an item. Errors as in `read_tar_shard`."""
     latents = files["latents.npy"]
     file.seek(latents.offset)
     shape, offset = _npy_head(file)
@@ -119,7 +120,7 @@ def _entry(archive: Archive, file: io.FileIO, files: dict[str, TarEntry]) -> Ent
 
 
 def _items(archive: Archive) -> Iterator[dict[str, TarEntry]]:
-    """Yield the files of each item by their extensions."""
+    """Yield the files of each item, by extension."""
     key = ""
     files: dict[str, TarEntry] = {}
     for entry in tar_entries(archive):
@@ -136,7 +137,7 @@ def _items(archive: Archive) -> Iterator[dict[str, TarEntry]]:
 
 
 def _npy_head(file: io.FileIO) -> tuple[list[int], int]:
-    """Return the shape of the float16 numbers in a `.npy` file, and where they begin."""
+    """Return the shape of the float16 array in a `.npy` file, and the position of its numbers."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("its latents are no .npy file of version 1.0")
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
@@ -151,8 +152,8 @@ def _read(file: io.FileIO, entry: TarEntry) -> bytes:
 
 
 def noted_text_encoder(folder: Path) -> dict[str, str] | None:
-    """Return what `Embeddings.to_json` noted in a folder, of an earlier version without the
-    settings; None where no embeddings are."""
+    """Return what `Embeddings.to_json` noted in a folder (earlier versions noted no settings); None
+    if its tars hold no embeddings."""
     try:
         with open_regular(folder / TEXT_ENCODER) as file:
             row = json.loads(file.read())
@@ -166,8 +167,8 @@ def noted_text_encoder(folder: Path) -> dict[str, str] | None:
 
 
 def stored_embeddings(path: Path, dtype: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield (caption, embedding) of all captions of a tar, as its encoder gave them. Damaged: it
-    cannot be read."""
+    """Yield (caption, embedding) for all captions of a tar; embeddings have the type `dtype`, in
+    which the encoder made them. Damaged if the tar cannot be read."""
     archive = Archive.of(path)
     try:
         with archive.open_binary() as file:

@@ -1,5 +1,5 @@
-"""Look at every byte of a latent cache: damaged files, contradictions of files and index, leftovers
-of killed processes."""
+"""Check every byte of a latent cache: find damaged files, contradictions between files and index,
+and leftovers of killed processes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from mmdit.files import abandoned_files
 
 
 def verify_cache(folder: str | Path) -> tuple[int, list[Damage]]:
-    """Return how many files (of a packed cache, shards) were read, and the damage. ValueError: it
-    is no cache."""
+    """Return how many files (shards, for a packed cache) were read, and the damage. ValueError if
+    it is not a cache."""
     folder = Path(folder)
     manifest = CacheManifest.read(folder)
     verify = _verify_packed if is_packed(folder) else _verify_plain
@@ -49,7 +49,7 @@ def verify_cache(folder: str | Path) -> tuple[int, list[Damage]]:
 
 
 def _unfit(latents: Tensor, manifest: CacheManifest) -> str:
-    """Return why whole latents are still wrong in this cache, "" if they are not."""
+    """Return why readable latents do not belong in this cache, or ""."""
     size, channels = manifest.size_of(latents.shape), latents.shape[-1]
     if not manifest.allows(size):
         return f"its size {size[0]}x{size[1]} does not belong into this cache"
@@ -86,7 +86,7 @@ def _verify_plain(folder: Path, manifest: CacheManifest) -> tuple[int, list[Dama
 
 
 def _item_problem(folder: Path, manifest: CacheManifest, file: str, entry: Entry | None) -> str:
-    """Return what is wrong with a file, "" if nothing is."""
+    """Return what is wrong with a file, or ""."""
     try:
         item = load_item(folder / file, manifest.spec.channels)
     except Damaged as error:
@@ -107,7 +107,7 @@ def _item_problem(folder: Path, manifest: CacheManifest, file: str, entry: Entry
 
 
 def _contradictions(files: list[str], entries: Iterable[str]) -> list[Damage]:
-    """Return what the names of the files and the files in the index say against each other."""
+    """Return contradictions between the files and the index, found from names alone."""
     damage = []
     places: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -141,13 +141,13 @@ def _verify_packed(folder: Path, manifest: CacheManifest) -> tuple[int, list[Dam
             yield entries
 
     columns = index_of(readable_shards())
-    if not damage:  # else it has been said what is wrong
+    if not damage:  # otherwise the damage has been reported already
         damage += _index_damage(folder, columns)
     return len(paths), damage
 
 
 def _packed_problem(file: BufferedReader, entry: Entry, manifest: CacheManifest) -> str:
-    """Return what is wrong with an item of a shard, "" if nothing is."""
+    """Return what is wrong with an item of a shard, or ""."""
     numbers = np.empty(entry.shape, np.float16)
     file.seek(entry.offset)
     file.readinto(numbers.data)
@@ -159,7 +159,7 @@ def _packed_problem(file: BufferedReader, entry: Entry, manifest: CacheManifest)
 
 
 def _index_damage(folder: Path, columns: dict[str, Tensor]) -> list[Damage]:
-    """Return how the index contradicts the columns of the shards."""
+    """Return the differences between the index and the columns of the shards."""
     try:
         stored = read_index(folder)
         packed_columns(folder)

@@ -1,4 +1,4 @@
-"""Write a latent cache in its plain layout. A kill at any moment leaves whole items only."""
+"""Write a latent cache in its plain layout. A kill at any moment leaves only complete items."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from mmdit.files import (
     write_atomically,
 )
 
-FLUSH_SECONDS = 5.0  # between two flushes to the disk; a power cut costs so much work
+FLUSH_SECONDS = 5.0  # between two flushes to the disk: the work that a power cut may cost
 WAITING = 4  # batches that may wait to be saved
-SAVERS = 2  # batches saved at a time: the files of a small one keep few threads busy
-THREADS = 4  # that write files; making a file waits more than it computes
-PORTION = 256  # items that a thread or a process writes before it tells of them
+SAVERS = 2  # batches saved at a time: the files of one small batch keep few threads busy
+THREADS = 4  # that write files, since writing one takes longer to wait than to compute
+PORTION = 256  # items that a thread or process writes before it reports them
 
 Row = tuple[str, dict, dict]  # caption, facts and source of an item
 
 
 class Rows(Protocol):
-    """A list of rows, or what makes them where they are asked for; a part of it is another."""
+    """A list of rows, or an object that makes them on demand; a slice of it is another one."""
 
     def __getitem__(self, part: slice, /) -> Rows: ...
 
@@ -61,8 +61,8 @@ class Rows(Protocol):
 
 @contextlib.contextmanager
 def explain_disk_errors() -> Iterator[None]:
-    """Say of a write that failed, on a full disk above all, what is lost (nothing) and what to do.
-    Also a decorator."""
+    """Turn a failed write, above all on a full disk, into a ValueError that says what is lost
+    (nothing) and what to do. Can be used as a decorator."""
     try:
         yield
     except OSError as error:
@@ -76,16 +76,17 @@ def explain_disk_errors() -> Iterator[None]:
 
 
 class CacheWriter:
-    """Adds items to a cache folder, new or begun; used by the caching loop and by renderers that
-    make latents directly.
+    """Adds items to a cache folder, new or begun. The caching loop uses it, and renderers that make
+    latents directly.
 
         with CacheWriter(folder, CacheManifest.of(tokenizer, video)) as writer:
             writer.add_many(ids, latents, captions, facts)      # latents (B, F, H, W, C), raw
 
-    A folder made with other settings is an error, as is a second process writing as the same
-    `rank`, and an item whose file is damaged; if `forgiving`, it counts as not there (`damaged`
-    says why). Lines enter the index when what they promise is on the disk. `helpers`: processes
-    that write the files in place of threads, which pays off for thousands of small items.
+    A folder made with other settings is an error, and so are a second process that writes as the
+    same `rank` and an item whose file is damaged. If `forgiving`, a damaged item counts as missing
+    instead (`damaged` says why). An index line is written only when the file that it lists is on
+    the disk. `helpers`: processes that write the files in place of threads, which pays for
+    thousands of small items.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class CacheWriter:
         stored = read_entries(self.folder, manifest.spec.channels, forgiving)
         self.entries, self.damaged = stored.by_id, stored.damaged
         self._lock = threading.Lock()  # of the lines
-        self._lines: list[str] = []  # of items that may not be on the disk yet
+        self._lines: list[str] = []  # of items whose files may not be on the disk yet
         self._flusher = ThreadPoolExecutor(1, "cache-index")
         self._flushing: Future = Future()
         self._flushing.set_result(None)
@@ -139,7 +140,8 @@ class CacheWriter:
         self._append(removal_line(id, file) for id, file in stored.lost.items())
 
     def _make_place(self, size: Size) -> str:
-        """Make the folder of a size; return it relative to the cache, "" or ending with a slash."""
+        """Create the folder of a size; return it relative to the cache: "", or ending with a
+        slash."""
         if not self.manifest.bucketed:
             return ""
         place = "{}x{}/".format(*size)
@@ -154,16 +156,16 @@ class CacheWriter:
                 self._begin_flush()
 
     def _begin_flush(self) -> None:
-        """Have the lines that are there written, while files go on being written. Raises what the
-        flush before raised (a full disk)."""
+        """Start writing the pending lines, while files go on being written. Raises the error of the
+        last flush (a full disk)."""
         self._flushing.result()
         lines, self._lines = self._lines, []
         self._flushed = time.monotonic()
         self._flushing = self._flusher.submit(self._flush, lines)
 
     def _flush(self, lines: list[str]) -> None:
-        """Write these index lines, once the files that they promise are on the disk and not only in
-        memory."""
+        """Write these index lines, after making sure that the files they list are on the disk and
+        not only in memory."""
         if lines:
             flush_file_system(self.folder)
             with naming(self._index.name):
@@ -171,17 +173,17 @@ class CacheWriter:
                 self._index.flush()
 
     def admit(self) -> str:
-        """Check that new latents come to latents of their own precision; return what to say where
-        that is not known. ConfigError: those that are there have another."""
+        """Check that new latents have the precision of those in the cache; return a sentence if
+        that one is not known. ConfigError if they differ."""
         if self.entries:
             return self._begun.check_precision(self.folder, self.manifest)
-        if self._begun.precision != self.manifest.precision:  # begun, and nothing was encoded
+        if self._begun.precision != self.manifest.precision:  # begun, but nothing was encoded yet
             self._begun = replace(self._begun, precision=self.manifest.precision)
             self._begun.write(self.folder)
         return ""
 
     def remove(self, ids: Iterable[str]) -> int:
-        """Take items out of the cache; return how many of `ids` were there."""
+        """Remove items from the cache; return how many of `ids` were in it."""
         entries = [self.entries.pop(id) for id in ids if id in self.entries]
         for entry in entries:
             (self.folder / entry.file).unlink(missing_ok=True)
@@ -208,11 +210,11 @@ class CacheWriter:
         sources: list[dict] | None = None,
         leave_out: bool = False,
     ) -> list[str]:
-        """Add items of one shape, `latents (B, F, H, W, C)` raw, perhaps still on their way here.
-        `facts`: what is known of each, plain JSON values. `sources`: where it was cut from. An id
-        that is there is replaced.
-        ValueError: the size is not in the manifest, a text cannot be stored, or float16 cannot hold
-        the latents; with `leave_out` such items are left out, and their ids are returned.
+        """Add items of one shape: raw `latents (B, F, H, W, C)`, or some that are still being
+        copied here. `facts`: plain JSON values about each item; `sources`: where each was cut from.
+        An existing id is replaced. ValueError if the manifest does not list the size, a text cannot
+        be stored, or float16 cannot hold the latents; with `leave_out`, items of the last kind are
+        left out, and their ids returned.
         """
         nothing: list[dict] = [{}] * len(ids)
         rows = list(zip(captions, facts or nothing, sources or nothing, strict=True))
@@ -221,8 +223,8 @@ class CacheWriter:
     def add_rows(
         self, ids: list[str], latents: Tensor | HalfLatents, rows: Rows, leave_out: bool = False
     ) -> list[str]:
-        """Add items as `add_many` does. Their rows are asked for where the files are written, by a
-        helper if there are any."""
+        """Add items as `add_many` does. Their rows are read where the files are written, which is
+        in a helper if there are any."""
         self._check_shape(latents.shape)
         if isinstance(latents, Tensor):
             latents = HalfLatents(latents)
@@ -252,7 +254,7 @@ class CacheWriter:
         return bad
 
     def _check_shape(self, shape: Sequence[int]) -> None:
-        """Check that latents of this shape belong into this cache."""
+        """Raise ValueError unless latents of this shape belong in this cache."""
         if len(shape) != 5 or not shape[1]:
             raise ValueError(
                 f"latents have shape {tuple(shape)}; must be (items, frames, rows, columns,"
@@ -268,8 +270,8 @@ class CacheWriter:
             )
 
     def close(self) -> None:
-        """Finish the index. A lone writer leaves one, sorted by id: the same bytes whatever the
-        order of the work was."""
+        """Finish the index. If there is only one writer, it is one file sorted by id: the same
+        bytes whatever the order of the work was."""
         if self._index.closed:
             return
         self._threads.shutdown()
@@ -284,7 +286,7 @@ class CacheWriter:
                         path.unlink()
         finally:
             self._flusher.shutdown()
-            with contextlib.suppress(OSError):  # of a full disk, which was reported already
+            with contextlib.suppress(OSError):  # of a full disk, which was reported before
                 self._index.close()
 
     def __enter__(self) -> CacheWriter:
@@ -309,15 +311,15 @@ def _write_portion(
 
 
 class SavingThreads:
-    """Threads that save, at most a few batches behind the one that makes them."""
+    """Threads that save, at most a few batches behind the thread that makes them."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(SAVERS, "cache-writer")
         self.waiting: deque[Future] = deque()
 
     def submit(self, work: Callable, *arguments: object) -> None:
-        """Have work done, perhaps beside the work given before. Waits while too much of it is
-        waiting, which bounds the memory; raises what earlier work raised (a full disk)."""
+        """Run `work` in a thread, perhaps beside earlier work. Wait while too much work is pending,
+        which bounds the memory; raise the error of earlier work (a full disk)."""
         self.waiting.append(self._pool.submit(work, *arguments))
         while len(self.waiting) > WAITING:
             self.waiting.popleft().result()
@@ -328,5 +330,5 @@ class SavingThreads:
             self.waiting.popleft().result()
 
     def close(self) -> None:
-        """End the threads, once they have done what they were given."""
+        """End the threads after they have finished their work."""
         self._pool.shutdown()

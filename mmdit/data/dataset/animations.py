@@ -1,5 +1,5 @@
-"""Animated pictures (GIF, WebP, PNG, AVIF) as clips, read by Pillow: when each frame is shown, and
-the frames as displayed."""
+"""Animated pictures (GIF, WebP, PNG, AVIF) as clips, read by Pillow: the time at which each frame
+appears, and the frames as displayed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from mmdit.data.dataset.problems import Unusable
 
 STARTS = (b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 MOST_FRAMES = 20_000
-SHORTEST = 10  # milliseconds: what is shown for no longer than that, players show for 100
+SHORTEST = 10  # milliseconds: players show a frame with this time or less for 100
 
 
 def is_picture(path: Source) -> bool:
-    """Return whether a file begins as pictures do. OSError or ValueError where it cannot be
-    opened."""
+    """Return whether a file begins like a picture. OSError or ValueError if it cannot be opened."""
     with open_source(path) as file:
         head = file.read(12)
     return head.startswith(STARTS) or head[8:] == b"WEBP" or head[4:] in (b"ftypavif", b"ftypavis")
 
 
 def animation_times(path: Source) -> tuple[tuple[int, int], list[int]]:
-    """Return the size as stored, and the milliseconds from the start at which each frame appears.
-    Every frame is decoded for it: damage is found."""
+    """Return the size as stored, and for each frame the time, in milliseconds from the start, at
+    which it appears. All frames are decoded, so damage is found."""
     times, now = [], 0
     with open_picture(path) as image:
         for number in _frames(image):
@@ -41,11 +40,11 @@ def animation_times(path: Source) -> tuple[tuple[int, int], list[int]]:
 
 
 def animation_frames(path: Source, wanted: list[int]) -> Iterator[Image.Image]:
-    """Yield the frames with these numbers, ascending, some perhaps several times, as `load_image`
-    gives them."""
+    """Yield the frames with these ascending numbers, which may repeat, as `load_image` returns
+    them."""
     with open_picture(path) as image:
         times = Counter(wanted)
-        # one after the other: each is drawn over the one before
+        # in order, because each frame is drawn over the one before
         for number, place in enumerate(_frames(image)[: wanted[-1] + 1]):
             image.seek(place)
             image.load()
@@ -54,8 +53,8 @@ def animation_frames(path: Source, wanted: list[int]) -> Iterator[Image.Image]:
 
 
 def _frames(image: Image.Image) -> range:
-    """Return the numbers of the frames that are shown. The other pictures of TIFF and MPO are no
-    frames; a PNG may begin with a still for programs that know no animation."""
+    """Return the numbers of the frames to show. Further pictures of TIFF and MPO files are not
+    frames; a PNG may begin with a still picture for programs that cannot show animations."""
     if image.format in ("TIFF", "MPO"):
         return range(1)
     count = getattr(image, "n_frames", 1)

@@ -1,5 +1,5 @@
-"""Sizes: what a picture or clip is resized to. One function decides, in caching; the decision is in
-the cache's manifest."""
+"""Sizes to which pictures and clips are resized. One function decides them, in caching, and the
+cache's manifest records its settings."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ Size = tuple[int, int]  # pixels (width, height)
 
 @dataclass(frozen=True)
 class VideoConfig(Section):
-    """The section `video:`. Clips are cached whole, and frames are chosen when a batch is made. (A
-    tokenizer that joins frames in time has them chosen when a clip is cached.)"""
+    """The section `video:`. Clips are cached as a whole, and frames are chosen when a batch is
+    made. (For a tokenizer that joins frames in time, they are chosen when the clip is cached.)"""
 
     # Width in pixels, where `bucketing` does not decide; a multiple of the tokenizer's `latent_f`.
     width: int = 256
-    # Height in pixels, likewise.
+    # Height in pixels, under the same conditions.
     height: int = 256
-    # Frames a second of folders of frames; video files are decoded at this rate.
+    # The frame rate of folders of frames; video files are decoded at this rate.
     fps: float = 16.0
     # Frames of a training sample; 1 trains on pictures.
     num_frames: int = 1
-    # Train on tiles of this width and height in pixels, cut at drawn places, and draw what is
-    # larger or longer in overlapping tiles; null: whole frames, and clips of any length at once.
+    # Train on tiles of this width and height in pixels, cut at drawn places, and draw larger or
+    # longer samples in overlapping tiles; null: train on whole frames, and draw clips of any length
+    # at once.
     tile: Size | None = None
     # Take every n-th frame of the source.
     frame_stride: int = 1
-    # Smaller numbers of frames, for clips too short for `num_frames`; the largest that fits is
+    # Smaller numbers of frames, for clips too short for `num_frames`; the largest one that fits is
     # used.
     frame_counts: tuple[int, ...] = ()
-    # Stretch a sample over its whole clip, whatever the length, instead of taking a window of it.
+    # Spread the frames of a sample over its whole clip, whatever its length, instead of taking a
+    # window of it.
     shrink_video_to_frames: bool = False
-    # Move every frame but the first by up to so many source frames; their order stays.
+    # Move every frame but the first by up to this many source frames; the order of frames stays.
     temporal_jitter: int = 0
-    # The share of the steps that train on single frames of the clips, and on single pictures.
+    # The share of steps that train on single frames of clips, and on single pictures.
     image_fraction: float = 0.0
 
     def __post_init__(self):
@@ -102,14 +104,14 @@ class VideoConfig(Section):
             )
 
     def latent_tile(self, spec: LatentSpec) -> tuple[int, int, int] | None:
-        """Return the latent frames, rows and columns of a tile; None without tiles."""
+        """Return the shape of a tile in latent (frames, rows, columns); None without tiles."""
         if self.tile is None:
             return None
         return spec.frames(self.num_frames), *spec.grid(*self.tile)
 
     def check_frames(self, spec: LatentSpec) -> None:
-        """Raise ConfigError for what a tokenizer that joins `spec.temporal` frames cannot take:
-        numbers of frames that it cannot cut, and frames chosen anew for each batch."""
+        """Raise ConfigError for settings that a tokenizer which joins `spec.temporal` frames rules
+        out: numbers of frames that do not fit, and frames that are chosen anew for each batch."""
         if spec.temporal > 1 and self.temporal_jitter:
             raise ConfigError(
                 "video.temporal_jitter",
@@ -124,18 +126,18 @@ class VideoConfig(Section):
                 raise ConfigError(f"video.{key}", str(error)) from None
 
     def needed(self, frames: int) -> int:
-        """Source frames that a sample of `frames` needs at least."""
+        """Return the least number of source frames that a sample of `frames` needs."""
         return frames if self.shrink_video_to_frames else 1 + (frames - 1) * self.frame_stride
 
     @property
     def span(self) -> int:
-        """Source frames that one training sample needs."""
+        """Return the number of source frames that one training sample needs."""
         return self.needed(self.num_frames)
 
     @property
     def sample_fps(self) -> int:
-        """Frames a second at which a sampled clip moves as its sources do (video files want a whole
-        number)."""
+        """Return the frame rate at which a drawn clip moves as fast as its sources (a whole number,
+        as video files need)."""
         return max(1, round(self.fps / self.frame_stride))
 
 
@@ -143,20 +145,20 @@ class VideoConfig(Section):
 class BucketingConfig(Section):
     """The section `bucketing:`."""
 
-    # Whether pictures keep about their own shape; without it all get `video.width` by
+    # Whether pictures keep roughly their own aspect ratio; otherwise all get `video.width` by
     # `video.height`.
     enabled: bool = False
-    # `closest_ar`: the size in `buckets` whose aspect ratio is nearest. `pixel_budget`: a size of
-    # its own for each source, never larger than the source.
+    # `closest_ar`: the size in `buckets` with the nearest aspect ratio. `pixel_budget`: a separate
+    # size for each source, never larger than the source.
     strategy: Literal["closest_ar", "pixel_budget"] = "closest_ar"
     # The sizes of `closest_ar`, as [[width, height], …] in pixels.
     buckets: tuple[Size, ...] = ()
-    # The most pixels a frame may have under `pixel_budget`.
+    # The most pixels that a frame may have under `pixel_budget`.
     max_pixels_per_frame: int = 0
 
     @property
     def budget(self) -> int:
-        """Pixels a frame, where a budget decides; else 0."""
+        """Return the most pixels a frame may have under a pixel budget; 0 without one."""
         return self.max_pixels_per_frame if self.enabled and self.strategy == "pixel_budget" else 0
 
     def __post_init__(self):
@@ -198,8 +200,8 @@ class BucketingConfig(Section):
 
 
 def target_sizes(video: VideoConfig, bucketing: BucketingConfig, spatial: int) -> tuple[Size, ...]:
-    """Return every size that items may get; under a pixel budget that of previews. ConfigError: for
-    one that the tokenizer's downsampling `spatial` does not divide."""
+    """Return every size that items may get (under a pixel budget, the size of previews).
+    ConfigError for a size that is not a multiple of the tokenizer's downsampling `spatial`."""
     named = {f"bucketing.buckets[{i}]": size for i, size in enumerate(bucketing.buckets)}
     if 0 < bucketing.budget < spatial**2:
         raise ConfigError(
@@ -221,8 +223,9 @@ def target_sizes(video: VideoConfig, bucketing: BucketingConfig, spatial: int) -
 
 
 def choose_size(source: Size, sizes: tuple[Size, ...]) -> Size:
-    """Return the size nearest in aspect ratio (its logarithm: 2:1 and 1:2 are alike). Of equal
-    ones: the largest that the source fills without upscaling, else the smallest."""
+    """Return the size with the nearest aspect ratio (by its logarithm: 2:1 and 1:2 are equally far
+    from 1:1). Of equally near ones: the largest that the source fills without upscaling, else the
+    smallest."""
     distance = {
         size: abs(math.log(source[0] / source[1]) - math.log(size[0] / size[1])) for size in sizes
     }
@@ -231,9 +234,9 @@ def choose_size(source: Size, sizes: tuple[Size, ...]) -> Size:
     return max(filled, key=math.prod) if filled else min(nearest, key=math.prod)
 
 
-WORST_ASPECT = 0.05  # relative; sizes nearer than this come first
+WORST_ASPECT = 0.05  # relative deviation of the aspect ratio; sizes below it come first
 UNUSED_WEIGHT = (
-    0.5  # of an unused share of the budget, against a share of the picture that is cropped
+    0.5  # weight of an unused share of the budget, against a cropped share of the picture
 )
 
 
@@ -242,9 +245,9 @@ def budget_size(source: Size, max_pixels: int, spatial: int) -> Size:
     """Return the size that loses least of a source under a pixel budget.
 
     Sizes are multiples of `spatial`, hold at most `max_pixels` and nowhere exceed the source. Those
-    whose aspect ratio is within 5 % of the source's come first, else the nearest ones. Lost is what
-    is cropped, and half of what the budget or the source has left. ValueError: the source is
-    smaller than one cell."""
+    whose aspect ratio is within 5 % of the source's come first, else the nearest ones. The loss
+    counts the part that is cropped, and half of what is unused of the budget or the source.
+    ValueError if the source is smaller than one cell."""
     width, height = source
     if min(source) < spatial:
         raise Unusable(

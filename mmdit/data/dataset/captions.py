@@ -1,8 +1,8 @@
-"""Make what the text encoder is given for an item at one step: one of its captions, trimmed,
-thinned, shuffled, with the trigger.
+"""Make the text that the text encoder gets for an item at one step: one of its captions, with
+keywords trimmed, tokens left out and shuffled, and the trigger word added.
 
 Everything is decided when a batch is made, by draws keyed with (seed, step, index in the global
-batch): the cache keeps the captions as they were written, and changing this section needs no
+batch): the cache keeps the captions as they were written, and changing this section needs no new
 caching. Dropping the whole caption for guidance is not done here but by `train.cfg_dropout_prob`.
 """
 
@@ -18,31 +18,31 @@ import numpy as np
 from mmdit.config import ConfigError, Section, least
 from mmdit.rng import Draws
 
-PLACES = ("[trigger]", "[name]")  # where a caption wants the trigger word
-BINS = (0, 4, 8, 16, 32, 64, 128, 256)  # words; upper ends of the length report
+PLACES = ("[trigger]", "[name]")  # placeholders in a caption for the trigger word
+BINS = (0, 4, 8, 16, 32, 64, 128, 256)  # upper ends, in words, of the ranges in the length report
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[^a-z0-9])")  # not after "m.p.h." within a sentence
 
 
 @dataclass(frozen=True)
 class CaptionsConfig(Section):
-    """The section `captions:`. Tokens are what stands between two separators: tags, or the parts of
-    a sentence."""
+    """The section `captions:`. Tokens are the texts between separators: tags, or the parts of a
+    sentence."""
 
     # A trigger word. It replaces `[trigger]` and `[name]` in a caption, or is put in front of a
-    # caption that lacks it; prompts get it, too.
+    # caption that lacks it. Prompts get it in the same way.
     trigger: str = ""
-    # What stands between two tokens of a caption.
+    # The text between two tokens of a caption.
     separator: str = ","
-    # Remove the tokens in which one of these stands as whole words; a caption that would lose all
-    # of them stays as it is.
+    # Remove the tokens in which one of these occurs as whole words; a caption that would lose all
+    # of its tokens stays as it is.
     trim_keywords: tuple[str, ...] = ()
     # The probability of trimming a caption.
     trim_prob: float = 1.0
-    # The probability with which each token is left out; at least one remains.
+    # The probability of leaving out each token; at least one remains.
     token_dropout: float = 0.0
     # Whether tokens come in a new order at each step.
     shuffle: bool = False
-    # So many first tokens are neither left out nor moved.
+    # The first tokens, this many, are neither left out nor moved.
     keep_first: int = 0
 
     def __post_init__(self):
@@ -77,21 +77,22 @@ class CaptionsConfig(Section):
 
     @property
     def plain(self) -> bool:
-        """Return whether a caption is used as it was written."""
+        """Return whether captions are used as they were written."""
         return not (self.trigger or self.trim_keywords or self.token_dropout or self.shuffle)
 
 
 def all_captions(caption: str, facts: dict) -> list[str]:
-    """Return the captions of an item as `records` stores them: one, or several among its facts."""
+    """Return the captions of an item: `caption` alone, or those that `records` stored among its
+    facts."""
     several = facts.get("captions")
     if not isinstance(several, list) or not all(isinstance(text, str) for text in several):
-        return [caption]  # the second: a file not made by us
+        return [caption]  # the second happens in files that other programs made
     return several or [caption]
 
 
 def has_word(text: str, *words: str) -> bool:
-    """Return whether one of `words` stands in `text` by itself, whatever the case, and however its
-    accents are composed: "art" is not in "heart"."""
+    """Return whether one of `words` occurs in `text` as a whole word, in upper or lower case, and
+    however its accents are encoded: "art" is not in "heart"."""
     some = "|".join(re.escape(_composed(word.strip())) for word in words)
     return re.search(rf"(?<!\w)({some})(?!\w)", _composed(text), re.IGNORECASE) is not None
 
@@ -101,7 +102,8 @@ def _composed(text: str) -> str:
 
 
 def with_trigger(caption: str, config: CaptionsConfig) -> str:
-    """Return the caption with the trigger word; prompts for sampling get it in the same way."""
+    """Return the caption with the trigger word; prompts for sampling are treated in the same
+    way."""
     if not config.trigger:
         return caption
     for place in PLACES:
@@ -112,8 +114,8 @@ def with_trigger(caption: str, config: CaptionsConfig) -> str:
 
 
 def trim(caption: str, config: CaptionsConfig) -> str:
-    """Return the caption without the tokens that hold a keyword. A sentence that loses all of its
-    tokens goes; a caption that would lose all of its sentences stays."""
+    """Return the caption without the tokens that hold a keyword. A sentence that would lose all of
+    its tokens is removed; a caption that would lose all of its sentences stays as it is."""
     kept = []
     for sentence in _SENTENCE.split(caption):
         body = sentence.rstrip(".!?")
@@ -138,7 +140,7 @@ def _rearranged(
     caption: str, config: CaptionsConfig, chances: list[float], orders: list[float]
 ) -> str:
     """Return the caption with tokens left out and shuffled. Token `i` is left out if `chances[i]`
-    is below the dropout, and `orders[i]` decides its place."""
+    is below the probability; tokens are sorted by `orders[i]`."""
     tokens = _tokens(caption, config)
     if len(tokens) < 2:
         return caption
@@ -152,8 +154,8 @@ def _rearranged(
 
 
 def drawn_captions(several: list[list[str]], config: CaptionsConfig, draws: Draws) -> list[str]:
-    """Return the caption of every sample for this step. `several`: all captions of each sample, of
-    which one is drawn."""
+    """Return the caption of every sample for this step. `several`: all captions of each sample, one
+    of which is drawn."""
     captions = [captions[0] for captions in several]
     if any(len(captions) > 1 for captions in several):
         choice = draws.uniform("caption_choice").tolist()
@@ -168,7 +170,7 @@ def drawn_captions(several: list[list[str]], config: CaptionsConfig, draws: Draw
             for caption, share in zip(captions, chance, strict=True)
         ]
     if config.shuffle or config.token_dropout:
-        # a token's draw does not depend on how long the longest caption is
+        # the draws of a token do not depend on the length of the longest caption
         longest = max(len(_tokens(caption, config)) for caption in captions)
         chances = draws.uniform("caption_tokens", longest).tolist()
         orders = draws.uniform("caption_order", longest).tolist()
@@ -180,8 +182,8 @@ def drawn_captions(several: list[list[str]], config: CaptionsConfig, draws: Draw
 
 
 def fixed_captions(caption: str, config: CaptionsConfig) -> list[str]:
-    """Return what `drawn_captions` may make of a caption whose tokens are neither left out nor
-    shuffled."""
+    """Return all texts that `drawn_captions` may make of a caption if tokens are neither left out
+    nor shuffled."""
     texts = [caption] if config.trim_prob < 1 or not config.trim_keywords else []
     if config.trim_keywords and config.trim_prob:
         texts.append(trim(caption, config))
@@ -189,8 +191,8 @@ def fixed_captions(caption: str, config: CaptionsConfig) -> list[str]:
 
 
 def length_report(several: list[list[str]]) -> dict:
-    """Return how long the captions of a collection are, in words: what a text encoder of limited
-    length will cut shows here."""
+    """Return statistics of the lengths of all captions, in words: they show what a text encoder of
+    limited length will cut off."""
     lengths = np.sort([len(caption.split()) for captions in several for caption in captions])
     ends = np.searchsorted(lengths, BINS, side="right")
     counts = np.diff(ends, prepend=0, append=len(lengths)).tolist()

@@ -1,9 +1,9 @@
-"""Which frames of a clip make a sample: a window that starts anywhere, or the whole clip is
-stretched over it; jitter.
+"""Choose the frames of a clip that make a sample: a window that starts anywhere, or frames spread
+over the whole clip; both with jitter.
 
-A tokenizer of single frames has all of them cached, and they are chosen for each batch. One that
-joins frames in time is given the frames of a sample, chosen once when the clip is cached: this plan
-is then among the settings that the cache is made with.
+For a tokenizer of single frames, all frames are cached, and chosen for each batch. A tokenizer that
+joins frames in time is given the frames of a sample, chosen once when the clip is cached: the
+settings of this choice are then among those that the cache's manifest records.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mmdit.rng import Draws
 
 
 def usable_frames(counts: Tensor, video: VideoConfig) -> Tensor:
-    """Return how many frames each of the clips of `counts (N,)` frames gives to a sample: the most
-    that fit; 0 if not even the fewest do."""
+    """Return how many frames a sample gets from each clip of `counts (N,)` frames: the largest of
+    the configured numbers that fits; 0 if none does."""
     frames = torch.zeros_like(counts)
     for number in sorted((video.num_frames, *video.frame_counts)):
         frames[counts >= video.needed(number)] = number
@@ -29,7 +29,7 @@ def usable_frames(counts: Tensor, video: VideoConfig) -> Tensor:
 
 
 def jitter_limits(counts: Tensor, frames: int | Tensor, video: VideoConfig) -> Tensor:
-    """Return how far a frame of each clip may move without meeting its neighbour: at most
+    """Return how far jitter may move a frame of each clip without reaching its neighbour: at most
     `⌊(gap - 1) / 2⌋`, where `gap` is the distance of two frames, and at most `temporal_jitter`."""
     if video.shrink_video_to_frames:
         gaps = (counts - 1) // (frames - 1)
@@ -41,13 +41,13 @@ def jitter_limits(counts: Tensor, frames: int | Tensor, video: VideoConfig) -> T
 def frame_numbers(
     counts: Tensor, frames: int, video: VideoConfig, draws: Draws, aligned: int = 1
 ) -> Tensor:
-    """Return the frames of a sample, `(B, frames)` int64, ascending, none twice, for clips of
-    `counts (B,)` frames. A single frame is drawn from all of them. `aligned`: samples start at
-    multiples of it (the samples that a tokenizer has seen). Jitter never moves the first frame, so
-    that it can serve as the given one."""
+    """Return the frame numbers of a sample, `(B, frames)` int64, ascending and different, for clips
+    of `counts (B,)` frames. A single frame is drawn from all frames. `aligned`: samples start at
+    multiples of this number (where samples started that a tokenizer encoded). Jitter never moves
+    the first frame, so that it can serve as the given one."""
     if frames == 1 or not video.shrink_video_to_frames:
         last = counts - (video.needed(frames) if frames > 1 else 1)
-        starts = last // aligned + 1  # how many there are
+        starts = last // aligned + 1  # the number of possible starts
         start = (draws.uniform("frame_start").double() * starts).long() * aligned
         chosen = start[:, None] + torch.arange(frames) * video.frame_stride
     else:
@@ -65,8 +65,9 @@ PLAN = ("num_frames", "frame_stride", "frame_counts", "shrink_video_to_frames")
 
 
 def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
-    """Return, for the manifest, what decides the cached frames of a clip; nothing where all of them
-    are cached. ConfigError for what needs frames to be chosen for each batch."""
+    """Return, for the manifest, the settings that decide which frames of a clip are cached; an
+    empty dict where all of them are. ConfigError for settings that need frames to be chosen for
+    each batch."""
     if spec.temporal == 1:
         return {}
     video.check_frames(spec)
@@ -75,9 +76,9 @@ def clip_plan(video: VideoConfig, spec: LatentSpec) -> dict:
 
 
 def cached_frames(count: int, video: VideoConfig) -> list[int]:
-    """Return which frames of a clip of `count` a tokenizer is given that joins frames: those of as
-    many samples, one behind the other, as there are around its middle; or of one sample that the
-    whole clip is stretched to. ValueError: too few."""
+    """Return the frames of a clip of `count` that a tokenizer which joins frames gets: as many
+    samples as fit, one after the other, around the middle of the clip; or one sample that is spread
+    over it. ValueError if there are too few."""
     frames = int(usable_frames(torch.tensor([count]), video)[0])
     if not frames:
         least = video.needed(min((video.num_frames, *video.frame_counts)))
@@ -95,8 +96,8 @@ def cached_frames(count: int, video: VideoConfig) -> list[int]:
 
 
 def latent_video(video: VideoConfig, spec: LatentSpec) -> VideoConfig:
-    """Return `video` counted in latent frames, as a cache made by `clip_plan` holds them: an item
-    is used as it is."""
+    """Return `video` counted in latent frames, as items of a cache made with `clip_plan` have them.
+    These items are used as they are."""
     if spec.temporal == 1:
         return video
     return replace(

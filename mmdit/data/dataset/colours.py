@@ -1,9 +1,9 @@
-"""Colours of pictures and videos as sRGB: ICC profiles, other primaries and curves, and HDR brought
-to the range of SDR.
+"""Colours of pictures and videos as sRGB: ICC profiles, other primaries and curves, and tone
+mapping of HDR to SDR.
 
-HDR is brought down as ITU-R BT.2390 (EETF) says, on the largest of red, green and blue, so that
-hues stay: light up to half of diffuse white (203 cd/m² by BT.2408) is unchanged, a highlight of
-1,000 cd/m² becomes white. Diffuse white itself comes out at 229."""
+HDR is tone-mapped as ITU-R BT.2390 (EETF) says, on the largest of red, green and blue, so that hues
+stay: light up to half of diffuse white (203 cd/m² by BT.2408) is unchanged, a highlight of 1,000
+cd/m² becomes white. Diffuse white itself becomes 229."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-NOTES = {  # what a person should know of how an item was decoded: "3 items …"
+NOTES = {  # what a person should know of how items were decoded: "3 items …"
     "profile": "had other colours than sRGB (a profile, primaries or a gamma): converted to sRGB",
     "profile ignored": (
         "have a colour profile that is broken or of another kind of picture: it is not used"
@@ -41,8 +41,8 @@ BRADFORD = np.array(
 
 @dataclass(frozen=True)
 class Coding:
-    """Hold how stored numbers stand for light where they are not sRGB's. `curve`: `srgb`, `pq`,
-    `hlg`, or the exponent of a power."""
+    """How stored numbers represent light, if not as in sRGB. `curve`: `srgb`, `pq`, `hlg`, or the
+    exponent of a power law."""
 
     gamut: Gamut = SRGB
     curve: str | float = "srgb"
@@ -53,8 +53,8 @@ class Coding:
 
 
 def coding_of(primaries: int, transfer: int) -> Coding | None:
-    """Return the coding that code points of ITU-T H.273 name (of video, PNG's cICP, AVIF's nclx);
-    None where it is sRGB's, or as near as players take it (BT.709, BT.601)."""
+    """Return the coding that code points of ITU-T H.273 name (in video, PNG's cICP, AVIF's nclx);
+    None for sRGB's, or one that players treat like it (BT.709, BT.601)."""
     curves: dict[int, str | float] = {8: 1.0, 16: "pq", 18: "hlg"}
     curve = curves.get(transfer, "srgb")
     unstated = BT2020 if curve in ("pq", "hlg") else SRGB
@@ -64,8 +64,8 @@ def coding_of(primaries: int, transfer: int) -> Coding | None:
 
 # ── ICC profiles ──────────────────────────────────────────────────────────────────────────────────
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """Return a picture of any mode without transparency as mode RGB in sRGB, and a key of NOTES, or
-    "". A broken profile is left out."""
+    """Return a picture without transparency, of any mode, in mode RGB and sRGB; and a key of NOTES,
+    or "". A broken profile is ignored."""
     if image.mode not in ("L", "CMYK"):
         image = in_mode(image, "L" if image.mode == "1" else "RGB")
     transform, note = _transform(profile, image.mode) if profile else (None, "")
@@ -75,24 +75,24 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
 
 
 def changes_colours(profile: bytes | None, mode: str) -> bool:
-    """Return whether `to_srgb` does anything, or has a note, for pictures of this mode."""
+    """Return whether `to_srgb` changes, or has a note for, pictures of this mode."""
     return bool(profile) and _transform(profile, mode) != (None, "")
 
 
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Return the picture in this mode, itself if it has it: Pillow would copy it."""
+    """Return the picture in this mode; itself, not a copy, if it has it."""
     return image if image.mode == mode else image.convert(mode)
 
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """Return the way from a profile to sRGB; none where the profile is that of sRGB, or cannot be
-    used."""
+    """Return the transform from a profile to sRGB, and a note; None if the profile is that of sRGB,
+    or cannot be used."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         space = opened.profile.xcolor_space.strip()
-        if mode == "L" and space == "RGB":  # grey is then equal numbers of all three
+        if mode == "L" and space == "RGB":  # a grey value then means equal red, green and blue
             mode = "RGB"
         if space != {"L": "GRAY"}.get(mode, mode):
             return None, "profile ignored"
@@ -105,7 +105,8 @@ def _transform(profile: bytes, mode: str) -> tuple[ImageCms.ImageCmsTransform | 
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Return whether no colour of 729 all over is moved by more than a level."""
+    """Return whether the transform moves none of 729 colours, evenly spread, by more than one
+    level."""
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
     before = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
     after = np.asarray(transform.apply(Image.fromarray(before)))
@@ -114,7 +115,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 # ── primaries and curves ──────────────────────────────────────────────────────────────────────────
 def stored_to_srgb(pixels: np.ndarray, coding: Coding) -> np.ndarray:
-    """Turn uint8 or uint16 `(H, W, 3)` of this coding into sRGB, uint8."""
+    """Convert uint8 or uint16 `(H, W, 3)` of this coding to sRGB, uint8."""
     shown = np.empty(pixels.shape, np.uint8)
     light_of = _light(coding.curve, np.iinfo(pixels.dtype).max + 1)
     into_srgb = _between(coding.gamut)
@@ -134,8 +135,8 @@ def stored_to_srgb(pixels: np.ndarray, coding: Coding) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _light(curve: str | float, levels: int) -> np.ndarray:
-    """Return the linear light of every stored number: 1 is white, of PQ diffuse white; of HLG the
-    scene's, 1 its brightest."""
+    """Return the linear light of every stored number. 1 is white, for PQ diffuse white; for HLG it
+    is light of the scene, with 1 as the brightest."""
     value = np.linspace(0, 1, levels)
     if curve == "srgb":
         light = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
@@ -151,7 +152,7 @@ def _light(curve: str | float, levels: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _srgb_numbers() -> np.ndarray:
-    """Return the uint8 of sRGB for 65,536 steps of linear light."""
+    """Return the uint8 sRGB values of 65,536 steps of linear light."""
     light = np.linspace(0, 1, 65536)
     value = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
     return (value * 255).round().astype(np.uint8)
@@ -159,8 +160,8 @@ def _srgb_numbers() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _tone_gains() -> tuple[np.ndarray, np.ndarray]:
-    """Return by what light is multiplied, for light from none to far above the peak (in units of
-    diffuse white): BT.2390's EETF."""
+    """Return the light levels, from none to far above the peak (in units of diffuse white), and the
+    factor by which each is multiplied: BT.2390's EETF."""
     light = np.linspace(0, (10_000 / WHITE_NITS) ** 0.5, 4096) ** 2
     source, target = _nits_to_pq(PEAK_NITS), _nits_to_pq(WHITE_NITS) / _nits_to_pq(PEAK_NITS)
     knee = 1.5 * target - 0.5
@@ -188,8 +189,8 @@ def _nits_to_pq(nits: np.ndarray | float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _between(gamut: Gamut) -> np.ndarray:
-    """Return `(3, 3)`: linear `rgb @ matrix` is the same colour in sRGB's primaries, its white
-    shown as white (Bradford)."""
+    """Return `(3, 3)` such that linear `rgb @ matrix` is the same colour in sRGB's primaries, with
+    white mapped to white (Bradford)."""
     here, there = (BRADFORD @ _xyz(white) for white in (gamut[3], SRGB[3]))
     adapted = np.linalg.inv(BRADFORD) @ np.diag(there / here) @ BRADFORD
     return (np.linalg.inv(_to_xyz(SRGB)) @ adapted @ _to_xyz(gamut)).T.astype(np.float32)

@@ -1,5 +1,5 @@
-"""Pictures resized to cover a size and cropped to it; folders of frames. Pixels are uint8 RGB here,
-a quarter of the traffic of floats from worker to device."""
+"""Pictures resized to cover a size and cropped to it, and folders of frames. Pixels are uint8 RGB
+here, which takes a quarter of the traffic of floats from worker to device."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from mmdit.data.dataset.problems import Unusable
 from mmdit.pixels import to_unit
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in source pixels
-GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, lie apart: several crops do
+GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, are spread out, and so are crops
 
 
 @dataclass(frozen=True)
 class PreprocessConfig(Section):
-    """The section `preprocess:`. A picture is scaled to cover its size, and what hangs over on the
+    """The section `preprocess:`. A picture is scaled to cover its size, and the overhang along the
     longer axis is cropped. Several shifted crops of an image are the recipe of HDM (Home-made
     Diffusion Model, 2025)."""
 
     # `center` crops around the middle; `shifted` moves the crop by an offset keyed with the seed,
     # the item's id and the crop's number.
     crop: Literal["center", "shifted"] = "center"
-    # How far a shifted crop may move, as a share of the overhang: 0 is the middle, 1 anywhere.
+    # How far a shifted crop may move, as a share of the overhang: 0 stays in the middle, 1 moves
+    # anywhere.
     shift_fraction: float = 1.0
-    # Crops of every picture, each cached as an item of its own.
+    # The number of crops of each picture, each cached as a separate item.
     num_crops: int = 1
     # Keys the offsets of shifted crops.
     seed: int = 0
-    # Who decodes the plain JPEG files of pictures while caching (those of clips: Pillow).
-    # `torchvision` works on the GPU, faster for large files, with pixels that differ from Pillow's
-    # by rounding.
+    # The decoder of plain JPEG pictures while caching (frames of clips: Pillow). `torchvision`
+    # works on the GPU, faster for large files; its pixels differ from Pillow's by rounding.
     jpeg_decoder: Literal["pillow", "torchvision"] = "pillow"
 
     def __post_init__(self):
@@ -65,9 +65,9 @@ class PreprocessConfig(Section):
             )
 
     def describe(self) -> dict:
-        """Return what decides the pixels, for the cache's manifest."""
+        """Return the settings that decide the pixels, for the cache's manifest."""
         stated = asdict(self) if self.crop == "shifted" else {"crop": "center"}
-        stated.pop("jpeg_decoder", None)  # manifests of caches made by Pillow never named it
+        stated.pop("jpeg_decoder", None)  # manifests of caches made with Pillow never named it
         if self.jpeg_decoder != "pillow":
             stated["jpeg_decoder"] = self.jpeg_decoder
         return stated
@@ -80,8 +80,8 @@ class PreprocessConfig(Section):
 
 
 def load_first_frame(path: str | Path, size: Size) -> Tensor:
-    """Return a picture cut to `size` (width, height) from its middle: `(3, H, W)` in [0, 1].
-    ValueError names a file that cannot be used."""
+    """Return the middle of a picture at `size` (width, height): `(3, H, W)` in [0, 1]. ValueError
+    names a file that cannot be used."""
     try:
         image = load_image(path)
     except ValueError as error:
@@ -93,9 +93,9 @@ def load_first_frame(path: str | Path, size: Size) -> Tensor:
 def crop_box(
     source: Size, target: Size, preprocess: PreprocessConfig, id: str, crop: int = 0
 ) -> Box:
-    """Return the part of the source that becomes the picture, a function of (seed, id, crop): the
-    largest of the target's aspect ratio. So no resized overhang is ever made, and a panorama of
-    30000x10 costs as little as its crop."""
+    """Return the part of the source that becomes the picture: the largest one with the target's
+    aspect ratio, at a place that is a function of (seed, id, crop). Only this part is resized, so a
+    panorama of 30000x10 costs as little as its crop."""
     scale = max(target[0] / source[0], target[1] / source[1])
     begins, ends = [], []
     for axis in (0, 1):
@@ -112,7 +112,7 @@ def crop_box(
 
 
 def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) -> dict[int, Box]:
-    """Return the box of every crop, by its number, that does not repeat an earlier one."""
+    """Return the boxes of all crops that repeat no earlier one, by the crop's number."""
     boxes: dict[int, Box] = {}
     for crop in range(preprocess.num_crops):
         box = crop_box(source, target, preprocess, id, crop)
@@ -123,14 +123,14 @@ def boxes_of(source: Size, target: Size, preprocess: PreprocessConfig, id: str) 
 
 
 def check_same_size(name: str, size: Size, first: Size) -> None:
-    """Refuse a frame that is not of its clip's size."""
+    """Raise Unusable for a frame that does not have the size of its clip's first frame."""
     if size != first:
         raise Unusable("frames of different sizes", f"{name} is {size}, the first is {first}")
 
 
 def crop_of(source: dict) -> tuple[Size, Box] | None:
-    """Return the size of the picture that an item was cut from, and the crop; None where it stores
-    none, or the cache of another program says something else."""
+    """Return the size of the picture that an item was cut from, and the crop; None if the item
+    stores none, or another program stored something else."""
     size, crop = source.get("size"), source.get("crop")
     if not (isinstance(size, list | tuple) and isinstance(crop, list | tuple)):
         return None
@@ -141,8 +141,8 @@ def crop_of(source: dict) -> tuple[Size, Box] | None:
 
 
 def crop_shares(source: dict) -> Box:
-    """Return what part of its picture an item shows: left, top, right, bottom as shares of it.
-    `source`: as an item stores it; generated items store no crop and show all of the picture."""
+    """Return the part of its picture that an item shows: left, top, right, bottom as shares of the
+    picture. `source`: as stored with the item; generated items have no crop and show all of it."""
     known = crop_of(source)
     if known is None:
         return 0.0, 0.0, 1.0, 1.0
@@ -157,8 +157,8 @@ def cut(image: Image.Image, box: Box, target: Size) -> np.ndarray:
 
 
 def load_frames(folder: str | Path) -> Iterator[tuple[str, Image.Image]]:
-    """Yield (name, picture) of every frame of a folder, in order. ValueError names a frame that
-    cannot be used; OSError: no folder."""
+    """Yield (name, picture) for every frame in a folder, in order. ValueError names a frame that
+    cannot be used; OSError if it is not a folder."""
     for path in frames_in(folder):
         with naming(path):
             image = load_image(path)
@@ -167,7 +167,7 @@ def load_frames(folder: str | Path) -> Iterator[tuple[str, Image.Image]]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add to an error about this frame which one it is of its folder."""
+    """Add the frame's name to errors raised in this block."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -177,7 +177,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def frames_in(folder: str | Path) -> list[Path]:
-    """Return `list_frames`; ValueError if there is none, which says what there is."""
+    """Return the frames of `list_frames`. ValueError if there are none; it says what else there
+    is."""
     paths = list_frames(folder)
     if not paths:
         names = [name for name in os.listdir(folder) if not name.startswith(".")]
@@ -190,8 +191,8 @@ def frames_in(folder: str | Path) -> list[Path]:
 
 
 def list_frames(folder: str | Path) -> list[Path]:
-    """Return the pictures of a folder in natural order (`2.png` before `10.png`). OSError if it is
-    no folder."""
+    """Return the pictures in a folder in natural order (`2.png` before `10.png`). OSError if it is
+    not a folder."""
     files = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
     frames = [file for file in files if file.suffix.lower() in SUFFIXES]
     return sorted(

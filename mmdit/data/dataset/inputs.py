@@ -1,9 +1,9 @@
-"""Read what a data set is given as: a JSONL file, WebDataset tars, or parquet files.
+"""Read a data set in any of its forms: a JSONL file, WebDataset tars, or parquet files.
 
     my_images.jsonl, shards/, shards/*.tar, shards-{000000..000127}.tar, data/train.parquet
 
-All of them become the same records, in an order and with ids that depend on the files alone. The
-bytes of pictures are read later, by who decodes them.
+All of them become the same kind of records, in an order and with ids that depend on the files
+alone. The bytes of pictures are read later, where they are decoded.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from mmdit.data.dataset.tars import other_contents, tar_samples
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 NAMES = {"image": "images", "video": "videos"}  # in the names of JSONL files
-MOST_FILES = 100_000  # that a pattern may name
+MOST_FILES = 100_000  # that a pattern may stand for
 HUB_NAME = re.compile(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?\.\w+")  # split, number, count, hash
-# name, perhaps ending in a split, and number: cc3m-validation-0004.tar
+# name, perhaps ending with a split, and number: cc3m-validation-0004.tar
 SHARD_NAME = re.compile(r"(?:.+[-_])?([^\W_]+)[-_]\d+\.\w+")
-OTHER_SPLITS = {"val", "valid", "validation", "dev", "eval", "test"}  # than train
+OTHER_SPLITS = {"val", "valid", "validation", "dev", "eval", "test"}  # not train
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
 def input_files(path: str | Path, media: Media, split: str | None = None) -> list[str]:
     """Return the files of a data set: one JSONL file, or tars or parquet files in the order of
-    their names. `path`: one of them; a folder that holds `<split>_images.jsonl` or files of the
-    other kinds; a pattern with `*` or `{000..127}`. `split`: of a folder; None is train, if its
-    files have splits. ValueError: there are none, or some are missing."""
+    their names. `path`: one file; a folder that holds `<split>_images.jsonl` or files of the other
+    kinds; or a pattern with `*` or `{000..127}`. `split`: of a folder; None takes train, if its
+    files have splits. ValueError if there are none, or some are missing."""
     text = os.path.expanduser(str(path))
     if re.match(r"[a-z0-9]{2,}:/", text):  # Path has joined the two slashes
         raise ValueError(f"{path} is an address: download what is there, and name that")
@@ -60,7 +60,7 @@ def input_files(path: str | Path, media: Media, split: str | None = None) -> lis
             " it out"
         )
     folder, pattern = os.path.split(text)
-    if not os.path.isdir(folder):  # else its brackets are part of its name
+    if not os.path.isdir(folder):  # otherwise the brackets are part of its name
         folder, pattern = "", text
     names = [os.path.join(folder, name) for name in expand_braces(pattern)]
     plain = {name for name in names if not glob.has_magic(name.removeprefix(folder))}
@@ -110,30 +110,30 @@ def _files_in(folder: Path, media: Media, asked: str | None) -> list[str]:
 
 
 def _folders_of_archives(folder: Path) -> list[str]:
-    """Return the folders in `folder` that hold tars or parquet files, as a clone of a hub has
-    them."""
+    """Return the folders in `folder` that hold tars or parquet files, as in a clone of a hub's data
+    set."""
     inner = []
     for path in sorted(folder.iterdir()):
-        with contextlib.suppress(OSError):  # no folder, or one that nobody may look into
+        with contextlib.suppress(OSError):  # not a folder, or not readable
             if any(name.endswith(ARCHIVES) for name in os.listdir(path)):
                 inner.append(str(path))
     return inner
 
 
 def _split_of(name: str) -> str:
-    """Return what may be the split in the name of a file, the last word before its number; "" if
-    it has none."""
+    """Return the word before the number in a file's name, which may be its split; "" if there is
+    none."""
     match = HUB_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name)
     return match[1] if match else ""
 
 
 def _prefix_of(name: str) -> str:
-    """Return all that stands before the number of a shard."""
+    """Return the part of a shard's name before its number."""
     return re.sub(r"[-_]\d+\.\w+$", "", name)
 
 
 def _of_one_kind(files: list[str], where: str) -> list[str]:
-    """Check that there are tars alone, or parquet files alone."""
+    """Return `files`. ValueError unless all are tars, or all are parquet files."""
     suffixes = sorted({os.path.splitext(file)[1] for file in files})
     if len(suffixes) > 1 or suffixes[0] not in ARCHIVES:
         raise ValueError(
@@ -145,7 +145,7 @@ def _of_one_kind(files: list[str], where: str) -> list[str]:
 
 def expand_braces(pattern: str) -> list[str]:
     """Return the names that a pattern with `{000..127}` and `{a,b}` stands for, in order.
-    ValueError: they are too many, or an alternative leads to another folder."""
+    ValueError if they are too many, or an alternative leads to another folder."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -185,10 +185,10 @@ def read_input(
     caption_key: str = "",
     limit: int = 0,
 ) -> list[Record]:
-    """Return the records of a data set, in its order, the first `limit` of them if it is not 0; see
-    `input_files` and, for a JSONL file, `read_records`. `image_column`: of parquet files;
-    `caption_key`: of their captions, or of those in the `.json` of tars. ValueError: it holds none,
-    or cannot be read."""
+    """Return the records of a data set, in its order, only the first `limit` if it is not 0; see
+    `input_files` and, for JSONL files, `read_records`. `image_column`: the column of parquet files
+    that holds the pictures; `caption_key`: the column with their captions, or the key in the
+    `.json` files of tars. ValueError if there are no records, or they cannot be read."""
     if limit < 0:
         raise ValueError(f"the limit is {limit}, must be at least 1 (0: no limit)")
     files = input_files(path, media, split)
@@ -213,7 +213,7 @@ def read_input(
 def _samples(
     files: list[str], media: Media, image_column: str, caption_key: str
 ) -> Iterator[Sample]:
-    """Yield what the files hold; of one that cannot be read, what says why."""
+    """Yield the samples in the files. ValueError names a file that cannot be read."""
     for file in tqdm(files, "looking through archives", unit="file", delay=2):
         try:
             archive = Archive.of(file)
@@ -229,10 +229,10 @@ def _samples(
 
 
 def _records(samples: Iterable[Sample]) -> Iterator[Record]:
-    """Yield the record of each sample, with an id of its own: its key, with the name of its file in
-    front where an earlier sample has that, and a number where that is taken, too."""
+    """Yield the record of each sample with a unique id: its key; if an earlier sample has that,
+    with the name of its file in front; and with a number if that is taken, too."""
     taken: set[str] = set()
-    numbers: Counter[str] = Counter()  # the last one given, by what stands before it
+    numbers: Counter[str] = Counter()  # the last number given, by what stands before it
     for sample in samples:
         member, key = sample.member, sample.key.replace("/", "_")
         id, longer = _fit(key, member.name), f"{member.archive.stem}_{key}"
@@ -253,8 +253,8 @@ def _fit(id: str, name: str) -> str:
 
 
 def media_of_input(path: str | Path) -> Media:
-    """Return whether a data set is of pictures or clips; a JSONL file by its first line, an archive
-    by whether there is a picture in it."""
+    """Return whether a data set holds pictures or clips: for a JSONL file by its first line, for an
+    archive by whether it holds a picture."""
     file = input_files(path, "image")[0]
     if not file.endswith(ARCHIVES):
         return media_of(file)
@@ -266,9 +266,9 @@ def media_of_input(path: str | Path) -> Media:
 
 
 def dealt(records: list[Record], rank: int, world: int) -> list[Record]:
-    """Return the records of one of `world` processes. Together they get all of them. Records that
-    are read together (a row group of a parquet file) go to one process, unless there are too few
-    such blocks to give each a fair part."""
+    """Return the records of one of `world` processes; together they get all records. Records that
+    are read together (a row group of a parquet file) go to the same process, unless there are too
+    few such blocks for fair shares."""
     blocks: list[list[Record]] = []
     if world > 1 and any(record.member and record.member.block for record in records[:1]):
         blocks = [list(group) for _, group in itertools.groupby(records, _block)]

@@ -1,10 +1,11 @@
-"""JPEG files decoded and cut by torchvision on the device that encodes, while caching: nvJPEG on a
-GPU (`preprocess.jpeg_decoder: torchvision`).
+"""JPEG files decoded and cropped while caching by torchvision, on the device that encodes: with
+nvJPEG on a GPU (`preprocess.jpeg_decoder: torchvision`).
 
-Workers read the files and take sizes from their heads; the process that encodes decodes some at a
-time. Pixels then differ from Pillow's by rounding, and a crop begins at a whole pixel, so the
-manifest says which decoder made a cache. What nvJPEG might show otherwise than a viewer does, or
-might not notice (a turned picture, a colour profile, CMYK, a file cut off), Pillow decodes.
+Workers read the files and their sizes; the process that encodes decodes several files at a time.
+Pixels then differ from Pillow's by rounding, and a crop begins at a whole pixel, so the manifest
+says which decoder made a cache. Pillow still decodes pictures that nvJPEG might show differently
+from a viewer, or whose faults it might not notice: rotated pictures, colour profiles, CMYK,
+truncated files.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from mmdit.data.dataset.frames import Box
 from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.pictures import is_upright, open_picture
 
-END = b"\xff\xd9"  # of a JPEG file
+END = b"\xff\xd9"  # the last bytes of a JPEG file
 
 
 @dataclass
 class CodedPicture:
-    """A JPEG file, not yet decoded, and what is to be made of it."""
+    """A JPEG file that is not decoded yet, and the crops to make from it."""
 
     data: Tensor  # uint8: the bytes of the file
     target: Size
@@ -39,15 +40,15 @@ class CodedPicture:
 
 
 def read_plain(path: Source) -> tuple[Tensor, Size] | None:
-    """Return the bytes of a JPEG file and the size of its picture; None where Pillow has to decode
-    it. Errors as of `open_picture`."""
+    """Return the bytes of a JPEG file and the size of its picture; None if Pillow has to decode it.
+    Errors as in `open_picture`."""
     with open_source(path) as file:
         data = file.read()
     if not data.startswith(b"\xff\xd8") or not data.endswith(END):
         return None
     with open_picture(io.BytesIO(data)) as image:
         plain = image.format == "JPEG" and image.mode == "RGB" and is_upright(image)
-        plain = plain and image.info.get("adobe_transform", 1) == 1  # else the file holds RGB
+        plain = plain and image.info.get("adobe_transform", 1) == 1  # otherwise the file holds RGB
         if not plain or changes_colours(image.info.get("icc_profile"), "RGB"):
             return None
         return torch.frombuffer(bytearray(data), dtype=torch.uint8), image.size
@@ -56,8 +57,8 @@ def read_plain(path: Source) -> tuple[Tensor, Size] | None:
 def decode_jpegs(
     pictures: list[CodedPicture], device: torch.device | str
 ) -> list[list[Tensor] | None]:
-    """Return for every picture its crops, uint8 `(3, H, W)` on the device; None for one that could
-    not be decoded. ConfigError: torchvision is not there."""
+    """Return the crops of every picture, uint8 `(3, H, W)` on the device; None for a picture that
+    could not be decoded. ConfigError if torchvision is missing."""
     decode_jpeg, transforms = import_torchvision()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision's decoders, from 0.29
@@ -87,7 +88,8 @@ def decode_jpegs(
 
 
 def _decoded(files: list[Tensor], decode: Callable) -> list[Tensor | None]:
-    """Return the pictures in these files, `(3, H, W)`; each alone where they fail together."""
+    """Return the pictures in these files, `(3, H, W)`, or None for a damaged one. If decoding them
+    together fails, each is decoded alone."""
     try:
         return decode(files)
     except RuntimeError:
@@ -97,8 +99,9 @@ def _decoded(files: list[Tensor], decode: Callable) -> list[Tensor | None]:
 
 
 def import_torchvision() -> tuple[Callable, ModuleType]:
-    """Return torchvision's decoder of lists of JPEG files and its functions on pictures.
-    ConfigError: it is missing, of another torch, or too new to have the decoder."""
+    """Return torchvision's decoder for lists of JPEG files, and its module of functions on
+    pictures. ConfigError if it is missing, belongs to another torch, or is too new to have the
+    decoder."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
         from torchvision.transforms.v2 import functional

@@ -1,5 +1,5 @@
-"""Pictures or clips to compare with others: all that a folder holds, or a JSONL file lists, at one
-size or each at its own, read by workers."""
+"""Pictures or clips to compare with others: everything that a folder holds, or a JSONL file lists,
+at one size or each at its own, read by workers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from mmdit.data.dataset.videos import VIDEO_SUFFIXES, probe, read_video
 from mmdit.data.dataset.workers import each
 from mmdit.files import expanded
 
-AT_ONCE = 16  # pictures that a worker takes
+AT_ONCE = 16  # pictures that a worker reads at a time
 ANIMATIONS = {".gif", ".webp", ".png"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Says what every item is made to be: `size` (width, height), cut from the middle, or None for
-    each its own; `frames` of it, `stride` apart, from the middle, or with `stretch` over all of it;
-    `fps` of video files, None as stored. `animated`: an animated picture is a clip for one frame,
-    too, and not the picture that it begins with."""
+    """The shape that every item gets. `size`: (width, height), cut from the middle; None: each has
+    its own. `frames`: their number, `stride` apart, from the middle of a clip, or spread over all
+    of it with `stretch`. `fps`: of video files, None as stored. `animated`: treat an animated
+    picture as a clip even for a single frame, instead of taking the picture that it begins with."""
 
     size: Size | None = None
     frames: int = 1
@@ -63,7 +63,8 @@ class Shape:
         return cut(image, crop_box(image.size, size, PreprocessConfig(), ""), size)
 
     def places(self, count: int) -> Sequence[int]:
-        """Return which frames of a clip of `count` are taken. ValueError: it is too short."""
+        """Return the numbers of the frames to take from a clip of `count` frames. ValueError if it
+        is too short."""
         if self.stretch and self.frames > 1:
             video = VideoConfig(num_frames=self.frames, shrink_video_to_frames=True)
             return cached_frames(count, video)
@@ -75,9 +76,10 @@ class Shape:
 
 
 def media_records(source: str | Path, frames: int) -> list[Record]:
-    """Return what `source` holds, in a fixed order: the lines of a JSONL file; the pictures below a
-    folder; with `frames > 1`, or if there are none, its video files, animations and folders of
-    frames. What is left out so is told. ValueError: nothing."""
+    """Return the records in `source`, in a fixed order: the lines of a JSONL file; or the pictures
+    below a folder; or, with `frames > 1` or if it has no pictures, its video files, animations and
+    folders of frames. Files that are left out by this are reported. ValueError if there are no
+    records."""
     source = expanded(source)
     if source.suffix == ".jsonl":
         return read_records(source, media_of(source))
@@ -106,7 +108,8 @@ def media_records(source: str | Path, frames: int) -> list[Record]:
 
 
 def _animations(source: Path, files: list[Path]) -> list[Path]:
-    """Return the animated pictures among `files`, in the folder itself: deeper ones are frames."""
+    """Return the animated pictures among `files` that are in the folder itself; deeper ones are
+    frames."""
     animated = []
     for file in files:
         if file.suffix.lower() in ANIMATIONS and len(file.parts) == 1:
@@ -117,13 +120,14 @@ def _animations(source: Path, files: list[Path]) -> list[Path]:
 
 
 def is_animated(path: Source) -> bool:
-    """Return whether a picture has several frames. ValueError: it is none."""
+    """Return whether a picture has several frames. ValueError if it is not a picture."""
     with open_picture(path) as image:
         return getattr(image, "n_frames", 1) > 1
 
 
 class _Read(Dataset):
-    """Maps a few records to their frames, uint8 `(F, 3, H, W)`, or to why they are skipped."""
+    """Maps each of a few records to its frames, uint8 `(F, 3, H, W)`, or to a `Skip` if it cannot
+    be read."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
@@ -147,14 +151,15 @@ class _Read(Dataset):
         return torch.from_numpy(np.stack(frames))
 
     def is_picture(self, record: Record) -> bool:
-        """Return whether one frame of a file is the picture that it shows."""
+        """Return whether a file is read as a picture, and not as a clip from which one frame is
+        taken."""
         suffix = Path(record.path).suffix.lower()
         if self.shape.animated and suffix in ANIMATIONS:
             return not is_animated(record.source)
         return suffix not in VIDEO_SUFFIXES
 
     def images(self, record: Record) -> Iterator[Image.Image]:
-        """Yield the frames that are taken."""
+        """Yield the frames to take from a record."""
         shape, path = self.shape, Path(record.path)
         if record.is_folder:
             names = frames_in(path)
@@ -162,7 +167,7 @@ class _Read(Dataset):
                 yield load_image(names[number])
         elif shape.frames == 1 and not record.span and self.is_picture(record):
             yield load_image(record.path)
-        else:  # of a film perhaps some frames only
+        else:  # of a film, perhaps only some frames
             content = probe(record.source)
             fps = shape.fps or content.fps
             places = shape.places(len(content.plan(fps)))
@@ -176,15 +181,15 @@ class _Read(Dataset):
 def read_media(
     records: list[Record], shape: Shape, batch: int, num_workers: int = 0
 ) -> Iterator[tuple[list[Record], Tensor]]:
-    """Yield up to `batch` records of one size, with their frames `(B, F, 3, H, W)` as uint8. What
-    cannot be read is reported and skipped. ValueError: nothing can."""
+    """Yield up to `batch` records of one size, with their frames `(B, F, 3, H, W)` as uint8.
+    Records that cannot be read are reported and skipped. ValueError if none can be read."""
     yield from batched(_readable(records, shape, num_workers), batch)
 
 
 def _readable(
     records: list[Record], shape: Shape, num_workers: int
 ) -> Iterator[tuple[Record, Tensor]]:
-    """Yield what can be read, and say what cannot."""
+    """Yield the records that can be read, with their frames; report the others."""
     chunk = AT_ONCE if shape.frames == 1 else 1
     count = 0
     for part, results in each(_Read(shape), records, chunk, num_workers):
@@ -201,7 +206,7 @@ def _readable(
 def batched(
     items: Iterable[tuple[Record, Tensor]], batch: int
 ) -> Iterator[tuple[list[Record], Tensor]]:
-    """Yield up to `batch` items of one size together, their pixels as `(B, F, 3, H, W)`."""
+    """Yield groups of up to `batch` items of one size, with their pixels as `(B, F, 3, H, W)`."""
     waiting: dict[tuple, list[tuple[Record, Tensor]]] = defaultdict(list)
     for record, pixels in items:
         group = waiting[tuple(pixels.shape)]

@@ -1,8 +1,8 @@
-"""Pictures and clips inside of larger files: an archive (a tar or a parquet file), and its members,
-which are opened where a path would be; and some frames of a long video file.
+"""Pictures and clips inside larger files: archives (tar or parquet files) and their members, which
+can be opened wherever a path can; and ranges of frames in a long video file.
 
-An archive is known as it was when it was looked through. Of one that was written to since, nothing
-is read: the bytes of a member may lie elsewhere now.
+An archive object records the file's state at the time when it was searched. If the file was
+modified since, nothing is read from it, because the bytes of a member may be elsewhere now.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READ_AHEAD = 1 << 16  # bytes of a member that are read at once
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A file that holds many pictures or clips, as it was when it was looked through."""
+    """A file that holds many pictures or clips, in the state in which it was searched."""
 
     path: str
     size: int
@@ -30,8 +30,8 @@ class Archive:
 
     @staticmethod
     def of(path: str | Path) -> Archive:
-        """Look at a file. OSError: it is not there; ValueError: it is no regular file, or stands in
-        for one."""
+        """Return the archive for a file in its present state. OSError if it does not exist;
+        ValueError if it is not a regular file, or only a placeholder for one."""
         with open_regular(path, buffered=False) as file:
             if what := stand_in(file.read(HEAD)):
                 raise ValueError(what)
@@ -39,12 +39,12 @@ class Archive:
 
     @property
     def stem(self) -> str:
-        """Return the name without folder and suffix."""
+        """Return the file's name without folder and suffix."""
         return Path(self.path).stem
 
     def open_binary(self) -> io.FileIO:
-        """Open it for reading. OSError: it is gone, or was written to since it was looked through,
-        so that nothing is known of what it holds now."""
+        """Open the file for reading. OSError if it is gone, or was modified since it was
+        searched."""
         file = cast(io.FileIO, open_regular(self.path, buffered=False))
         if _state(os.fstat(file.fileno())) == (self.size, self.times):
             return file
@@ -66,21 +66,23 @@ class Member:
 
     @property
     def path(self) -> str:
-        """Return where it is, for people."""
+        """Return the member's location, for people."""
         return f"{self.archive.path}/{self.name}"
 
     def open_binary(self) -> BinaryIO:
-        """Open it for reading from its first byte, seekable. Unusable or OSError: it cannot be."""
+        """Open the member for reading from its first byte, seekable. Unusable or OSError if that
+        fails."""
         raise NotImplementedError
 
     @property
     def block(self) -> object:
-        """Return what all members share that are read together; nothing if each is read alone."""
+        """Return a value that all members share which are read together; None if each is read
+        alone."""
         return None
 
     def loaded(self) -> Member:
-        """Return a member that any process can open at little cost: itself, unless its archive has
-        to be read in order."""
+        """Return a member that any process can open cheaply: itself, unless its archive must be
+        read in order."""
         return self
 
 
@@ -92,14 +94,14 @@ class TarMember(Member):
     size: int
 
     def open_binary(self) -> BinaryIO:
-        """See `Member.open`."""
+        """Open the member, see `Member.open_binary`."""
         part = _Part(self.archive.open_binary(), self.offset, self.size)
         return cast(BinaryIO, io.BufferedReader(part, READ_AHEAD))
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable(Member):
-    """Stands for a picture of an archive that is not read. `error` says why."""
+    """Stands for a member that is not read; `error` says why."""
 
     error: Exception
 
@@ -110,18 +112,19 @@ class Unreadable(Member):
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Member):
-    """A member whose bytes were read."""
+    """A member whose bytes have been read."""
 
     data: bytes
 
     def open_binary(self) -> BinaryIO:
-        """See `Member.open`."""
+        """Open the member, see `Member.open_binary`."""
         return io.BytesIO(self.data)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Holds what an archive says of one picture or clip. `key`: its name there."""
+    """One picture or clip of an archive, with the texts that belong to it. `key`: its name
+    there."""
 
     key: str
     member: Member
@@ -131,19 +134,19 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class VideoSpan:
-    """Some frames of a video file: from number `first` up to, but not including, number `end`, in
-    the order in which they are shown."""
+    """A range of frames in a video file: from number `first` up to, but not including, number
+    `end`, in the order in which they are shown."""
 
     path: str
     first: int
     end: int
 
 
-Source = str | Path | Member | VideoSpan  # of a picture or a video file
+Source = str | Path | Member | VideoSpan  # every form in which a picture or video file can be given
 
 
 def open_source(source: Source) -> BinaryIO:
-    """Open a picture or a video file for reading, seekable. ValueError or OSError: it cannot be."""
+    """Open a picture or a video file for reading, seekable. ValueError or OSError if that fails."""
     if isinstance(source, Member):
         return source.open_binary()
     if isinstance(source, VideoSpan):
@@ -152,7 +155,7 @@ def open_source(source: Source) -> BinaryIO:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, as a file of its own that ends where the part does."""
+    """A part of a file, which behaves like a file of its own."""
 
     def __init__(self, file: io.FileIO, offset: int, size: int):
         self.file, self.offset, self.size, self.place = file, offset, size, 0
@@ -164,7 +167,7 @@ class _Part(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        """Fill the buffer as far as the part goes; return how many bytes were read."""
+        """Fill the buffer up to the end of the part; return the number of bytes read."""
         room = memoryview(buffer).cast("B")[: max(0, self.size - self.place)]
         self.file.seek(self.offset + self.place)
         count = self.file.readinto(room) or 0
@@ -172,7 +175,8 @@ class _Part(io.RawIOBase):
         return count
 
     def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        """Move as `io.IOBase.seek` does; return the place, from the start of the part."""
+        """Move as `io.IOBase.seek` does; return the position, counted from the start of the
+        part."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
         if start + place < 0:
             raise ValueError(f"place {start + place} lies before the file")

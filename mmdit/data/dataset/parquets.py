@@ -1,9 +1,10 @@
-"""Parquet files as dataset hubs keep them: a column of pictures or clips, `{bytes, path}` or plain
+"""Parquet files as on dataset hubs: a column of pictures or clips, as `{bytes, path}` or plain
 bytes, and a column of captions.
 
-The columns of text are read when the file is looked through, a part at a time. The bytes are read
-by one process, in the order of the rows, and handed to the workers: a row group can only be read
-from its start. Types that Python would have to unpickle, and other extensions, are refused.
+The columns of text are read when the file is searched, some rows at a time. The bytes are read by
+one process, in the order of the rows, and passed to the workers, because a row group can only be
+read from its start. Types that Python would have to unpickle, and other extension types, are
+refused.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from mmdit.data.dataset.problems import Unusable
 from mmdit.data.dataset.records import Media
 from mmdit.data.dataset.tars import BOTH, CAPTION_KEYS, captions_under
 
-ROWS = 1024  # of text that are read at once
-PICTURES = 16  # that are read at once, if they are no larger together than:
+ROWS = 1024  # of text columns that are read at once
+PICTURES = 16  # that are read at once, if together they are no larger than:
 AT_ONCE = 1 << 25  # bytes
 PICTURE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes", "bytes")
 CLIP_COLUMNS = ("video", "mp4", "clip", "video_bytes", "bytes")
@@ -32,7 +33,7 @@ PICKLED = b"arrow.py_extension_type"
 
 
 def import_parquet() -> tuple[ModuleType, ModuleType]:
-    """Return pyarrow and its parquet module. ValueError: they are not installed."""
+    """Return pyarrow and its parquet module. ValueError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -44,12 +45,12 @@ def import_parquet() -> tuple[ModuleType, ModuleType]:
 
 
 def _opened(archive: Archive) -> Any:
-    """Open a parquet file. Unusable: it is damaged, or holds pickled types; OSError: it was written
-    to since it was looked through."""
+    """Open a parquet file. Unusable if it is damaged, or holds pickled types; OSError if it was
+    modified since it was searched."""
     pyarrow, parquet = import_parquet()
     archive.open_binary().close()
     try:
-        # before anything of the schema is made into Python objects
+        # checked before any part of the schema becomes a Python object
         metadata = parquet.read_metadata(archive.path).metadata or {}
         schema = base64.b64decode(metadata.get(b"ARROW:schema", b""))
         if PICKLED in schema or any(PICKLED in value for value in metadata.values()):
@@ -69,11 +70,12 @@ def _damaged(error: Exception) -> Unusable:
 # ── columns ───────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns are read. `media`: the path of the leaf that holds the bytes."""
+    """The columns to read. `media`: the path of the column, or field of a struct, that holds the
+    bytes."""
 
     media: str
     caption: str
-    id: str  # "": rows have numbers
+    id: str  # "": rows are numbered
     facts: tuple[str, ...]
     beside: tuple[str, ...] = ()  # further captions
 
@@ -81,8 +83,8 @@ class Columns:
 def choose_columns(
     schema: Any, path: str, media: Media, media_column: str = "", caption_column: str = ""
 ) -> Columns:
-    """Return the columns of a file to read, those that are named or those of a usual name.
-    ValueError lists the columns that there are."""
+    """Return the columns of a file to read: those that are named, or else those with usual names.
+    ValueError lists the existing columns."""
     import_parquet()
     fields = {field.name: field for field in schema}
     usual = PICTURE_COLUMNS if media == "image" else CLIP_COLUMNS
@@ -103,17 +105,18 @@ def choose_columns(
 
 
 def _in_place_of_usual(schema: Any, path: str, media: Media, columns: Columns) -> str:
-    """Return what the name of a row says of a column that is read because it was named, and not the
-    usual one: by it a cache knows that it holds the pictures of another column."""
+    """Return a suffix for the names of rows if the media column is not the usual one but was named;
+    else "". By it, a cache recognises that its pictures come from another column."""
     try:
         usual = choose_columns(schema, path, media, caption_column=columns.caption).media
-    except ValueError:  # there is none
+    except ValueError:  # there is no usual one
         usual = ""
     return "" if columns.media == usual else f", {columns.media}"
 
 
 def _choose(what: str, named: str, fit: list[str], usual: Iterable[str], option: str) -> str:
-    """Return the column that is named, else the first of a usual name, else the only one."""
+    """Return the named column, else the first with a usual name, else the only one. ValueError if
+    it is not clear."""
     if named:
         if named not in fit:
             raise ValueError(f"{option} is {named!r}, which is no column of {what}")
@@ -128,7 +131,7 @@ def _choose(what: str, named: str, fit: list[str], usual: Iterable[str], option:
 
 
 def _leaf(field: Any) -> str:
-    """Return the path of the bytes of a picture in a column; "" if it holds none."""
+    """Return the path of the bytes of pictures in a column; "" if it holds none."""
     from pyarrow import types
 
     def is_bytes(value_type: Any) -> bool:
@@ -143,7 +146,7 @@ def _leaf(field: Any) -> str:
 
 
 def _is_text(value_type: Any) -> bool:
-    """Return whether values are text, or lists of texts."""
+    """Return whether the values are texts, or lists of texts."""
     from pyarrow import types
 
     if types.is_list(value_type) or types.is_large_list(value_type):
@@ -155,7 +158,7 @@ def _is_text(value_type: Any) -> bool:
 
 
 def _is_plain(value_type: Any) -> bool:
-    """Return whether values are single numbers, truths or texts, as JSON has them."""
+    """Return whether the values are single numbers, booleans or texts, as in JSON."""
     from pyarrow import types
 
     is_one = not (types.is_list(value_type) or types.is_large_list(value_type))
@@ -172,8 +175,8 @@ def _type_name(value_type: Any) -> str:
 def parquet_samples(
     archive: Archive, media: Media, media_column: str = "", caption_column: str = ""
 ) -> Iterator[Sample]:
-    """Yield the rows of a parquet file, in its order, without the bytes of pictures; what cannot be
-    used as `Unreadable`. ValueError: a column is missing, or it is not clear which is meant."""
+    """Yield the rows of a parquet file, in order, without the bytes of pictures. Rows that cannot
+    be used are `Unreadable`. ValueError if a column is missing or ambiguous."""
     pyarrow, _ = import_parquet()
     number = 0
     try:
@@ -202,8 +205,8 @@ def parquet_samples(
 
 
 def _decoded(rows: Any) -> list[dict]:
-    """Return rows as Python objects; nothing of one whose text is not UTF-8, which Parquet does not
-    look at."""
+    """Return rows as dicts; an empty dict for a row with text that is not UTF-8, which Parquet does
+    not check."""
     try:
         return rows.to_pylist()
     except UnicodeDecodeError:
@@ -234,7 +237,7 @@ def _sample(member: ParquetRow, row: dict, columns: Columns, number: int) -> Sam
 
 @dataclass(frozen=True, slots=True)
 class ParquetRow(Member):
-    """The bytes in one row: the one at `place` of a row group, in the column `leaf`."""
+    """The bytes in one row: row number `place` of the row group `group`, in the column `leaf`."""
 
     group: int
     place: int
@@ -242,15 +245,15 @@ class ParquetRow(Member):
 
     @property
     def block(self) -> object:
-        """Return which row group it is in: see `Member.block`."""
+        """Return the identity of the row group, see `Member.block`."""
         return self.archive.path, self.group
 
     def open_binary(self) -> BinaryIO:
-        """See `Member.open`."""
+        """Open the member, see `Member.open_binary`."""
         return io.BytesIO(READER.read(self))
 
     def loaded(self) -> Member:
-        """Return the row with its bytes: read here, by one process."""
+        """Return the row with its bytes, which are read here, in one process."""
         try:
             return Loaded(self.archive, self.name, READER.read(self))
         except (OSError, Unusable) as error:
@@ -258,19 +261,20 @@ class ParquetRow(Member):
 
 
 class _Reader:
-    """Reads rows where it stands in a row group; the next one costs little, one before it begins
-    the group again."""
+    """Reads rows, remembering its position in a row group: the next row costs little, an earlier
+    one starts the group again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._group: tuple = ()  # archive, group and column
         self._error: Unusable | None = None  # of this group
-        self._first = 0  # row of:
+        self._first = 0  # number of the first row in:
         self._batch: Any = ()
         self._batches: Iterator = iter(())
 
     def read(self, row: ParquetRow) -> bytes:
-        """Return the bytes of a row. Unusable: there are none, or the file is damaged; OSError."""
+        """Return the bytes of a row. Unusable if there are none, or the file is damaged; OSError if
+        it cannot be read."""
         group = (row.archive, row.group, row.leaf)
         with self._lock:
             if group != self._group:
@@ -288,7 +292,7 @@ class _Reader:
         return value
 
     def _begin(self, row: ParquetRow) -> None:
-        """Open the row group of a row, before its first row."""
+        """Open the row group of a row, at its first row."""
         self._first, self._batch, self._batches = 0, (), iter(())
         try:
             file = _opened(row.archive)
@@ -304,7 +308,7 @@ class _Reader:
         )
 
     def _next(self, row: ParquetRow) -> None:
-        """Go on to the next rows."""
+        """Read the next rows."""
         pyarrow, _ = import_parquet()
         self._first += len(self._batch)
         self._batch = ()
@@ -315,13 +319,13 @@ class _Reader:
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             self._error = _damaged(error)
         else:
-            # a dot may also stand in the name of a column
+            # by type, not by the path: the name of a column may hold a dot, too
             is_struct = pyarrow.types.is_struct(column.type)
             self._batch = column.flatten()[0] if is_struct else column
 
 
 def _mean_bytes(group: Any, leaf: str) -> int:
-    """Return about how many bytes one value of a row group has."""
+    """Return the mean size in bytes of a value of the column in a row group, at least 1."""
     columns = (group.column(number) for number in range(group.num_columns))
     sizes = [part.total_uncompressed_size for part in columns if part.path_in_schema == leaf]
     return max(1, sum(sizes) // max(1, group.num_rows))

@@ -1,4 +1,4 @@
-"""The pictures of a folder, all of one size, without a list of records: to compare with."""
+"""The pictures in a folder, all at one size, without a list of records; for comparisons."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmdit.data.dataset.sources import files_below, is_sheet
 
 
 def folder_pictures(folder: str | Path, width: int, height: int) -> Iterator[Tensor]:
-    """Yield `(3, height, width)` in [0, 1] of every readable picture under `folder`, cut to that
-    size from its middle. One that cannot be read is reported and skipped. ValueError: there is no
+    """Yield every readable picture below `folder`, its middle cut to size, as `(3, height, width)`
+    in [0, 1]. Pictures that cannot be read are reported and skipped. ValueError if there is no
     picture, or none can be read."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no folder of pictures")

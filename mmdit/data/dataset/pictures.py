@@ -1,10 +1,11 @@
-"""Pictures from files, as a viewer shows them. This is the one place that opens pictures: a closed
-list of formats (PostScript would start Ghostscript), regular files only, and a limit of pixels
-before anything is decoded.
+"""Pictures from files, as a viewer shows them. This is the one place that opens pictures: from a
+closed list of formats (PostScript would start Ghostscript), from regular files only, and with a
+limit on pixels before anything is decoded.
 
-What is done: rotation by EXIF; ICC profiles, and primaries or gamma that PNG and AVIF state, to
-sRGB; CMYK, Lab, palettes, 16 bits to 8; transparency laid on white. Text inside of PNG files is not
-unpacked. Floating-point pictures are refused: they state no range."""
+What is done: rotation by EXIF; conversion to sRGB by ICC profiles, and by primaries or gamma that
+PNG and AVIF state; CMYK, Lab, palettes and 16 bits to 8-bit RGB; transparency is laid on white.
+Text chunks in PNG files are not unpacked. Floating-point pictures are refused, since they state no
+range."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ from mmdit.data.dataset.members import Source, open_source
 from mmdit.data.dataset.problems import Unusable
 from mmdit.foreign import stand_in
 
-# the version of what is done here and in `videos`: raised when pixels change, noted in manifests
+# version of the decoding here and in `videos`, noted in manifests; to be raised when pixels change
 DECODING = 2
 BACKGROUND = (255, 255, 255)  # under transparent pixels
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SUFFIXES |= {".jp2", ".avif", ".jfif", ".jpe"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # Pillow's names
-MAX_PIXELS = 1 << 27  # a phone's picture of 108 million is below it
-HEAD = 4096  # bytes that tell what a file is
+MAX_PIXELS = 1 << 27  # a phone's picture of 108 million pixels is below it
+HEAD = 4096  # bytes at the start of a file that tell what it is
 FLIP = Image.Transpose
-TURNS = {  # by the orientation that EXIF states
+TURNS = {  # by the orientation in EXIF
     2: FLIP.FLIP_LEFT_RIGHT,
     3: FLIP.ROTATE_180,
     4: FLIP.FLIP_TOP_BOTTOM,
@@ -45,7 +46,7 @@ TURNS = {  # by the orientation that EXIF states
     8: FLIP.ROTATE_90,
 }
 PNG = b"\x89PNG\r\n\x1a\n"
-# chunks that Pillow would unpack, or refuse the picture for
+# chunks that Pillow would unpack, or for which it would refuse the picture
 UNPACKED = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 COLOURS = {b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM"}
 
@@ -53,10 +54,10 @@ COLOURS = {b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM"}
 # ── opening ───────────────────────────────────────────────────────────────────────────────────────
 @contextmanager
 def open_picture(source: Source | BinaryIO) -> Iterator[Image.Image]:
-    """Open a picture without decoding its pixels yet; `info["coding"]` says how its numbers stand
-    for light, if not as sRGB's.
+    """Open a picture without decoding its pixels yet. `info["coding"]` says how its numbers
+    represent light, if not as in sRGB.
 
-    ValueError says what is wrong with the file, without its path; an OSError is of the system
+    ValueError says what is wrong with the file, without its path; OSError comes from the system
     (missing, unreadable)."""
     with open_source(source) if isinstance(source, Source) else source as file:
         head = file.read(HEAD)
@@ -79,23 +80,24 @@ def open_picture(source: Source | BinaryIO) -> Iterator[Image.Image]:
 
 
 def _open(file: BinaryIO, head: bytes) -> Image.Image:
-    """Open a picture of the closed list, with what its file says about colours."""
+    """Open a picture of the closed list, and add what its file states about colours to its
+    `info`."""
     profile, coding = None, None
     if head.startswith(PNG):
         file, chunks = _slim_png(file)
         profile, coding = _png_colours(chunks)
     file.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of size, which is refused later, and of broken EXIF
+        warnings.simplefilter("ignore")  # about size, which is checked later, and broken EXIF
         image = Image.open(file, formats=formats())
     if image.format == "PNG":
         image.info.pop("icc_profile", None)
         key = image.info.get("transparency")
         bits = head[24]
-        # pixels keep their upper 8 bits
+        # of 16 bits, pixels keep the upper 8
         if image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
             image.info["transparency"] = tuple(value >> 8 for value in key)
-        # pixels of 2 or 4 bits are spread over 8
+        # values of 2 or 4 bits are scaled to 8
         if image.mode == "L" and isinstance(key, int) and key < 1 << bits < 256:
             image.info["transparency"] = key * 255 // ((1 << bits) - 1)
     place = head.find(b"colrnclx")
@@ -111,7 +113,7 @@ def _open(file: BinaryIO, head: bytes) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Return those of FORMATS that this Pillow knows."""
+    """Return the FORMATS that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -134,16 +136,16 @@ def _check_size(image: Image.Image) -> None:
 
 
 def shown_size(path: str | Path) -> tuple[int, int]:
-    """Return the width and height as displayed, from the head of a picture alone."""
+    """Return the width and height as displayed, read from the head of a picture alone."""
     with open_picture(path) as image:
         size = image.size
-        if image.format == "TIFF":  # whose size some versions of Pillow turn when it is opened
+        if image.format == "TIFF":  # some versions of Pillow swap its sides on opening
             size = _tags(image)[256], _tags(image)[257]
         return size[::-1] if _orientation(image) >= 5 else size
 
 
 def _slim_png(file: BinaryIO) -> tuple[BinaryIO, dict[bytes, bytes]]:
-    """Return a PNG file without the chunks of UNPACKED, and its chunks about colours."""
+    """Return a PNG file without the chunks in UNPACKED, and its chunks about colours."""
     colours: dict[bytes, bytes] = {}
     places, place = [(0, 8, b"")], 8
     while True:
@@ -169,8 +171,8 @@ def _slim_png(file: BinaryIO) -> tuple[BinaryIO, dict[bytes, bytes]]:
 
 
 def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | None]:
-    """Return the profile, or the coding, of a PNG file, in the order of precedence that its
-    specification gives."""
+    """Return the profile, or the coding, that a PNG file states, in the order of precedence of the
+    PNG specification."""
     if len(chunks.get(b"cICP", b"")) == 4:
         return None, coding_of(*chunks[b"cICP"][:2])
     if b"iCCP" in chunks:
@@ -189,24 +191,24 @@ def _png_colours(chunks: dict[bytes, bytes]) -> tuple[bytes | None, Coding | Non
         coding = Coding((*corners, white))
     if np.abs(np.subtract(coding.gamut, Coding().gamut)).max() < 0.005:
         coding = Coding()
-    if 0.1 <= gamma <= 5 and abs(gamma * 2.2 - 1) > 0.05:  # else sRGB's own curve is meant
+    if 0.1 <= gamma <= 5 and abs(gamma * 2.2 - 1) > 0.05:  # otherwise sRGB's own curve is meant
         coding = Coding(coding.gamut, 1 / gamma)
     return None, coding if coding != Coding() else None
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────
 def load_image(source: Source | BinaryIO) -> Image.Image:
-    """Return the picture as mode RGB, in sRGB: the first one of an animation (`info["animated"]`
-    says so); `info["notes"]` are keys of `colours.NOTES`. Errors as of `open_picture`."""
+    """Return a picture in mode RGB and sRGB; of an animation the first one, with
+    `info["animated"]`. `info["notes"]` are keys of `colours.NOTES`. Errors as in `open_picture`."""
     with open_picture(source) as image:
         shown = as_shown(image)
         several = getattr(image, "is_animated", False)
-        shown.info["animated"] = several and image.format not in ("MPO", "TIFF")  # other pictures
+        shown.info["animated"] = several and image.format not in ("MPO", "TIFF")  # no frames
         return shown
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """Return an opened picture, or the present frame of an animation, as mode RGB in sRGB."""
+    """Return an opened picture, or the current frame of an animation, in mode RGB and sRGB."""
     image.load()
     opened, info, orientation = image, image.info, _orientation(image)
     if image.mode == "F":
@@ -226,20 +228,20 @@ def as_shown(image: Image.Image) -> Image.Image:
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
     elif image is opened and getattr(image, "is_animated", False):
-        image = image.copy()  # the next frame is drawn over it
+        image = image.copy()  # the next frame will be drawn over it
     image.info = {"animated": False, "notes": (note,) if note else ()}
     return image
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return how EXIF says the picture was held, from 1 (upright) to 8; a viewer takes what is no
-    such number for upright."""
+    """Return the orientation that EXIF states, from 1 (upright) to 8; anything else counts as
+    upright, as in viewers."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             stated = image.getexif().get(ExifTags.Base.Orientation)
             return stated if stated in TURNS else 1
-    except Exception:  # EXIF is not the picture: a viewer shows one whose EXIF is broken
+    except Exception:  # viewers show pictures with broken EXIF
         return 1
 
 
@@ -249,7 +251,7 @@ def is_upright(image: Image.Image) -> bool:
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the picture without its transparency, and that as a mask, if it has any."""
+    """Return the picture without its transparency, and the transparency as a mask, or None."""
     if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
         return image, None
     layers = image.convert("RGBA")
@@ -258,13 +260,13 @@ def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Make a grey picture of 9 to 16 bits L, rounded (Pillow would cut at 255), or as LA where one
-    value means transparent."""
+    """Return a grey picture of 9 to 16 bits as mode L, rounded (Pillow would clip at 255), or as LA
+    where one value means transparent."""
     top, inverted, key = 65535, False, image.info.get("transparency")
     if image.format == "TIFF":
         bits = _tags(image).get(258, (16,))[0]
         top = (1 << bits) - 1 if bits < 16 else top
-        inverted = image.mode != "I" and _tags(image).get(262) == 0  # white is zero
+        inverted = image.mode != "I" and _tags(image).get(262) == 0  # zero is white
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
         low, high = cast(tuple[float, float], image.getextrema())
         if low < 0 or high > 65535:
@@ -275,7 +277,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     width, height = image.size
     grey = np.empty((height, width, 2), np.uint8)
     rows = max(1, PART // width)
-    # in parts: wider numbers of all of it would take gigabytes
+    # in strips: wider numbers for the whole picture would take gigabytes
     for first in range(0, height, rows):
         strip = image.crop((0, first, width, min(first + rows, height)))
         part = np.asarray(strip).astype(np.uint32)
@@ -287,7 +289,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 # ── what a file is, if it is none of these ────────────────────────────────────────────────────────
-FILE_TYPES = (  # where in the file, what is there, what it is
+FILE_TYPES = (  # offset in the file, bytes there, and what the file is
     (4, (b"ftyphe", b"ftypmif1", b"ftypmsf1"), "a HEIC picture"),
     (4, (b"ftypavif", b"ftypavis"), "an AVIF picture, damaged or too new for this Pillow (≥ 11.3)"),
     (4, (b"ftypcrx ",), "a camera's raw file"),
@@ -314,7 +316,8 @@ FILE_TYPES = (  # where in the file, what is there, what it is
 
 
 def what_it_is(head: bytes) -> str:
-    """Say what a file is that is no picture of FORMATS, by its first bytes, and what to do."""
+    """Return a text that says what a file is that is not one of FORMATS, by its first bytes, and
+    what to do."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head.strip(b"\0"):
         return "it holds zeros only, or nothing; get the file again"

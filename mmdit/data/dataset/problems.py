@@ -1,9 +1,8 @@
-"""Describe what is wrong with a source, or with a file of a cache, as values.
+"""Describe problems with a source, or with a file of a cache, as values.
 
-`Unusable` is raised where a picture, a clip or a caption is read; `Skip` is what remains of it: one
-record that is left out. `Damaged` is raised where a file of a cache is read; `Damage` is what
-remains of it: one finding. Texts for people are made of these values at the end, and no text is
-taken apart again.
+`Unusable` is raised where a picture, a clip or a caption is read, and becomes a `Skip`: a record
+that is left out. `Damaged` is raised where a file of a cache is read, and becomes a `Damage`: one
+finding. Texts for people are made from these values at the end, and are never parsed again.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ from mmdit.files import write_atomically
 # ── sources ───────────────────────────────────────────────────────────────────────────────────────
 class Unusable(ValueError):
     """A source that cannot be used. Reports count by `problem`, a phrase that many sources share;
-    `detail` says the rest, with a remedy. `frame`: the file of a folder of frames."""
+    `detail` adds the rest, with a remedy. `frame`: the file, if the source is a folder of
+    frames."""
 
     def __init__(self, problem: str, detail: str = "", frame: str = ""):
-        super().__init__(problem, detail, frame)  # all of them, so that it can be pickled
+        super().__init__(problem, detail, frame)  # all arguments, so that it can be pickled
         self.problem, self.detail, self.frame = problem, detail, frame
 
     @classmethod
     def of(cls, error: Exception, frame: str = "") -> Unusable:
-        """Return what any error of reading a source means."""
+        """Return the problem that any error in reading a source stands for."""
         if isinstance(error, cls):
             return cls(error.problem, error.detail, frame or error.frame)
         if isinstance(error, FileNotFoundError):
@@ -47,7 +47,7 @@ class Unusable(ValueError):
 @dataclass(frozen=True)
 class Skip:
     """One record that is left out: `reason` in words, and the `problem` by which reports count.
-    `unreachable`: the file system failed, and nothing is known of what is in the file."""
+    `unreachable`: the file system failed, so nothing is known about the contents of the file."""
 
     id: str
     path: str  # "" where no file is to blame
@@ -57,7 +57,7 @@ class Skip:
 
     @classmethod
     def of(cls, record: Record, error: Exception | str) -> Skip:
-        """Return the skip of a record because of an error, or of a phrase that is the reason."""
+        """Return the skip of a record for an error, or for a phrase that states the reason."""
         unreachable = isinstance(error, OSError) and error.errno is not None
         cause = Unusable(error) if isinstance(error, str) else Unusable.of(error)
         return cls(record.id, record.path, str(cause), cause.problem, unreachable)
@@ -76,15 +76,16 @@ class Skip:
 
     @property
     def place(self) -> str:
-        """Return where the source was looked for; "" if the reason names it."""
+        """Return the absolute path of the source; "" if there is none, or if the reason names
+        it."""
         if not self.path or self.path in self.reason:
             return ""
         return os.path.abspath(self.path)
 
 
 def list_skipped(path: Path, skipped: Iterable[Skip]) -> None:
-    """Write `skipped.jsonl`, a line for each; an older list is removed, for its records were tried
-    again."""
+    """Write `skipped.jsonl`, one line for each skip. An older list is removed, because its records
+    were tried again."""
     path.unlink(missing_ok=True)
     rows = [skip.to_json() for skip in skipped]
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows]
@@ -93,7 +94,7 @@ def list_skipped(path: Path, skipped: Iterable[Skip]) -> None:
 
 
 def by_problem(skips: Iterable[Skip]) -> dict[str, list[Skip]]:
-    """Return the skips of each problem, the most frequent problem first."""
+    """Return the skips by problem, the most frequent problem first."""
     groups: dict[str, list[Skip]] = defaultdict(list)
     for skip in skips:
         groups[skip.problem].append(skip)
@@ -101,7 +102,7 @@ def by_problem(skips: Iterable[Skip]) -> dict[str, list[Skip]]:
 
 
 def skipped_lines(skips: Iterable[Skip]) -> list[str]:
-    """Return a line of a report for each problem."""
+    """Return a report line for each problem."""
     return [
         f"  skipped {len(same)}, for example: {same[0].reason} ({same[0].path})"
         for same in by_problem(skips).values()
@@ -111,8 +112,8 @@ def skipped_lines(skips: Iterable[Skip]) -> list[str]:
 # ── files of a cache ──────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Damage:
-    """One finding about a file of a cache. `remedy`: what a person does about it, a phrase.
-    `delete`: the caching command makes the file anew once it is deleted."""
+    """One finding about a file of a cache. `remedy`: a phrase that says what a person can do.
+    `delete`: once the file is deleted, the caching command makes it anew."""
 
     file: str  # relative to the cache, or an index file and a line number
     problem: str
@@ -124,11 +125,11 @@ class Damage:
 
 
 class Damaged(ValueError):
-    """A file of a cache that cannot be used; `what` says in words which file it is."""
+    """Raised for a file of a cache that cannot be used; `what` names the file in words."""
 
     def __init__(self, what: str, damage: Damage | None = None):
         super().__init__(what, damage)
-        # DataLoader makes the error of a worker anew from its text alone
+        # DataLoader recreates the error of a worker from its text alone
         self.what, self.damage = what, damage or Damage("", "")
 
     def __str__(self) -> str:

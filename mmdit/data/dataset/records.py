@@ -1,12 +1,12 @@
-"""Metadata: one JSON object a line. Images `{"id", "image_path", "caption"}`, clips `{"id",
-"frames_dir", "caption"}` or, for a video file, `{"id", "video_path", "caption"}` (with both, the
-folder of frames is used). Beside `video_path`, `"video_span": [first, end]` names some frames of a
-long video: those from number `first` up to, but not including, number `end`.
+"""Metadata: one JSON object a line. Images are `{"id", "image_path", "caption"}`, clips `{"id",
+"frames_dir", "caption"}` or, for a video file, `{"id", "video_path", "caption"}` (if both are
+given, the folder of frames is used). Beside `video_path`, `"video_span": [first, end]` selects
+frames of a long video: those from number `first` up to, but not including, number `end`.
 
 Paths are relative to the file's own folder; `~` is your home folder. `"captions": […]` gives
 several captions, beside or instead of `caption`; training draws one each time. Further keys are
 kept as facts about the item. An empty caption is allowed: such an item trains the unconditional
-case. What is wrong is reported with file and line, ten at once, before any work.
+case. Mistakes are reported with file and line, up to ten at once, before any work.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ PATH_KEYS: dict[str, tuple[str, ...]] = {
     "video": ("frames_dir", "video_path"),
 }
 WHAT = {"image_path": "an image", "frames_dir": "a folder", "video_path": "a video file"}
-MAX_ID_BYTES = 240  # a file name holds 255 bytes on common file systems, and ours adds a suffix
+MAX_ID_BYTES = 240  # most file systems allow names of 255 bytes, and a suffix is added
 MAX_LINE_BYTES = 16 << 20  # of one record
-ARCHIVES = (".tar", ".parquet")  # which `inputs` reads
+ARCHIVES = (".tar", ".parquet")  # read by `inputs`
 BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and the mark that some editors write before UTF-8
-UNUSUAL = re.compile(rb"\\u|\d{19}|[eE]\+?\d{3}")  # what may stand in a value that cannot be stored
-MAX_DEPTH = 32  # of lists and objects in each other
+UNUSUAL = re.compile(rb"\\u|\d{19}|[eE]\+?\d{3}")  # may be part of a value that cannot be stored
+MAX_DEPTH = 32  # of nested lists and objects
 ONE_A_LINE = 'write one object a line, like {"id": …, "caption": …}'
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image file, one folder of frames or one video file; `member`: one of an archive; `span`:
-    some frames of a video file."""
+    """One image file, one folder of frames or one video file. `member`: set if it is inside an
+    archive; `span`: set if it is a range of frames of a video file."""
 
     id: str
     path: str
@@ -54,7 +54,7 @@ class Record:
 
     @property
     def source(self) -> str | Member | VideoSpan:
-        """Return what is opened."""
+        """Return the object to open."""
         return self.member or self.span or self.path
 
     @property
@@ -63,7 +63,7 @@ class Record:
         return self.source is self.path and os.path.isdir(self.path)
 
     def loaded(self) -> Record:
-        """Return the record as another process can open it; see `Member.loaded`."""
+        """Return the record in a form that another process can open; see `Member.loaded`."""
         if self.member is None:
             return self
         member = self.member.loaded()
@@ -71,9 +71,9 @@ class Record:
 
 
 def check_id(id: object) -> str:
-    """Return the id, fit to be a file name as it is, so that different ids never meet in one file.
-    Any script is fine (`猫`); separators, `..` and control characters are not. ValueError says what
-    is wrong."""
+    """Return the id if it can be a file name as it is, so that different ids never share a file.
+    Any script is allowed (`猫`); separators, `..` and control characters are not. ValueError says
+    what is wrong."""
     if not isinstance(id, str):
         raise ValueError(f'id is {id!r}; must be text (write "{id}")')
     codes = [ord(letter) for letter in id]
@@ -111,8 +111,8 @@ JSON = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_without_
 
 
 def check_storable(value: object, name: str, depth: int = 0) -> None:
-    """Refuse decoded JSON that cannot be stored beside latents, in a file read back as plain
-    data, and be written as UTF-8 JSON again. `name`: the key that holds it."""
+    """Raise ValueError for decoded JSON that cannot be stored beside latents, where it is read back
+    as plain data, or be written as UTF-8 JSON again. `name`: the key that holds it."""
     if isinstance(value, str):
         if holds_half_a_pair(value):
             raise ValueError(
@@ -144,7 +144,7 @@ def check_storable(value: object, name: str, depth: int = 0) -> None:
 
 
 def decoded_object(line: bytes) -> dict:
-    """Return the object of one line."""
+    """Return the JSON object on one line. ValueError says why there is none."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(
             f"has {len(line)} bytes; at most {MAX_LINE_BYTES} are read (put large values into files"
@@ -199,8 +199,8 @@ def _parse(line: bytes, media: Media, folder: Path, prefer: str) -> Record:
 
 
 def _span_of(row: dict, wanted: str, path: str) -> VideoSpan | None:
-    """Return which frames of its video file a line names; None: all of them, or it is about a
-    folder of frames."""
+    """Return the range of frames that a line selects; None if it takes all of the video file, or is
+    about a folder of frames."""
     if "video_span" not in row:
         return None
     if "video_path" not in row:
@@ -221,7 +221,7 @@ def _span_of(row: dict, wanted: str, path: str) -> VideoSpan | None:
 
 
 def captions_of(row: dict) -> list[str]:
-    """Return all different captions of a line, that of `caption` first; at least one, perhaps
+    """Return all different captions of a line, that of `caption` first; at least one, which may be
     empty."""
     if not isinstance(row.get("caption", ""), str):
         raise ValueError(
@@ -236,8 +236,8 @@ def captions_of(row: dict) -> list[str]:
 
 
 def text_captions(data: bytes, per_line: bool = False) -> list[str]:
-    """Return the captions in a text file: all of it as one, or one a line. ValueError: it is not
-    UTF-8."""
+    """Return the captions in a text file: one from all of it, or one for each line. ValueError if
+    it is not UTF-8."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -248,7 +248,7 @@ def text_captions(data: bytes, per_line: bool = False) -> list[str]:
 
 
 def _check_beginning(line: bytes, where: str) -> None:
-    """Refuse the first line of a file that holds records in another form."""
+    """Raise ValueError for the first line of a file that holds something other than JSON lines."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{where}: the file is UTF-16 text; save it as UTF-8")
     if b"\0" in line or line.startswith(b"\x89PNG"):
@@ -261,8 +261,8 @@ def _check_beginning(line: bytes, where: str) -> None:
 
 
 def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Record]:
-    """Return all records of a JSONL file, in its order. `prefer`: the path key to use where a line
-    has both. ValueError lists wrong lines as `file:line: what`."""
+    """Return all records in a JSONL file, in order. `prefer`: the path key to use in lines that
+    have several. ValueError lists wrong lines as `file:line: what`."""
     path = Path(path)
     records: list[Record] = []
     errors: list[str] = []
@@ -301,8 +301,8 @@ def read_records(path: str | Path, media: Media, prefer: str = "") -> list[Recor
 
 
 def _lines_in(path: str | Path) -> Iterator[bytes]:
-    """Yield the lines of a file. ValueError: it cannot be read, or is a pipe and the like, of which
-    a second look would find nothing."""
+    """Yield the lines of a file. ValueError if it cannot be read, or is not a regular file (a pipe
+    would be empty at a second look)."""
     try:
         with regular_file(path) as file:
             yield from file
@@ -311,8 +311,8 @@ def _lines_in(path: str | Path) -> Iterator[bytes]:
 
 
 def media_of(path: str | Path) -> Media:
-    """Return whether the lines of a JSONL file are about images or clips, by the first one; "image"
-    if it does not say."""
+    """Return whether the lines of a JSONL file are about images or clips, judged by the first one;
+    "image" if it does not say."""
     with contextlib.suppress(ValueError):
         row = decoded_object(next((line for line in _lines_in(path) if line.strip(BLANK)), b""))
         if "image_path" not in row and any(key in row for key in PATH_KEYS["video"]):

@@ -1,9 +1,9 @@
-"""From a folder of media to metadata: pictures and clips with captions in text files of the same
-name (`cat.txt`, or `cat.jpg.txt`), written as JSONL.
+"""From a folder of media to metadata: pictures and clips, with captions in text files of the same
+name (`cat.txt`, or `cat.jpg.txt`), become JSONL files.
 
     pets/cat.jpg + pets/cat.txt, walk.mp4 + walk.txt   ─►   train_images.jsonl, train_videos.jsonl
 
-Nothing is opened here but the captions; what is damaged is told when it is cached.
+Only the captions are opened here; damaged media are reported when they are cached.
 """
 
 from __future__ import annotations
@@ -45,38 +45,38 @@ from mmdit.files import (
     write_atomically,
 )
 
-MADE_HERE = {  # by the files that only such folders hold together
+MADE_HERE = {  # recognised by files that only such folders hold together
     "a cache": {"manifest.json", "index.jsonl"},
     "a packed cache": {"manifest.json", "packed.safetensors"},
     "a run": {"config.yaml", "metrics.jsonl"},
     "drawn samples": {"samples.json"},
 }
-FRAMES_OF = re.compile(r"(?:.*/)?frames_[0-9.e+-]+fps(?=/)")  # as `prepare-frames` names them
+FRAMES_OF = re.compile(r"(?:.*/)?frames_[0-9.e+-]+fps(?=/)")  # names given by `prepare-frames`
 OF_A_LINE = {"id", "caption", "captions", *(key for keys in PATH_KEYS.values() for key in keys)}
-OTHER_CAPTIONS = {".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml"}  # where others keep them
+OTHER_CAPTIONS = {".caption", ".json", ".jsonl", ".csv", ".tsv", ".xml"}  # of other programs
 OWN_LINES = re.compile(
     r"\w*(images|videos|skipped|captions_made)[-\w]*\.jsonl"
-)  # what mmdit writes beside media
-OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # and those of cameras
+)  # files that mmdit writes beside media
+OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr"}  # not read; of cameras:
 OTHER_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw"}
 
 
 @dataclass
 class FolderReport:
-    """Hold what a folder of media was found to hold."""
+    """The contents found in a folder of media."""
 
     images: int = 0
     videos: int = 0
     without_caption: int = 0  # no text file, or an empty one
-    kept_captions: int = 0  # of an earlier line, for there is no text file
-    left_out: list[str] = field(default_factory=list)  # in earlier lines, and not in the folder
-    # "path: why it is not used, or used without its caption"
+    kept_captions: int = 0  # captions of an earlier line, kept because there is no text file
+    left_out: list[str] = field(default_factory=list)  # in earlier lines, but not in the folder
+    # "path: why it is not used, or is used without its caption"
     problems: list[str] = field(default_factory=list)
-    # suffix → how many are neither media nor captions
+    # suffix → number of files that are neither media nor captions
     other_files: Counter = field(default_factory=Counter)
-    # folder → what it is, of those that this program made: they are left out
+    # folder → what it is, for folders that this program made: they are left out
     made_here: dict[str, str] = field(default_factory=dict)
-    orphans: list[str] = field(default_factory=list)  # text files of no picture or clip
+    orphans: list[str] = field(default_factory=list)  # text files that belong to no picture or clip
     written: list[Path] = field(default_factory=list)
 
     def text(self) -> str:
@@ -123,8 +123,8 @@ class FolderReport:
 
 
 def files_below(folder: str | Path) -> Iterator[str]:
-    """Yield every file below `folder`, relative, in a fixed order. Hidden ones are left out; links
-    are followed, but never twice into one folder (a link to a parent ends there)."""
+    """Yield the relative path of every file below `folder`, in a fixed order. Hidden files are left
+    out. Links are followed, but no folder is visited twice (so a link to a parent ends there)."""
     seen = {os.path.realpath(folder)}
 
     def walk(inner: str) -> Iterator[str]:
@@ -132,7 +132,7 @@ def files_below(folder: str | Path) -> Iterator[str]:
             name = os.path.join(inner, entry.name)
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path):  # of a ring of links entry.is_dir raises
+            if os.path.isdir(entry.path):  # entry.is_dir would raise for a ring of links
                 real = os.path.realpath(entry.path)
                 if real not in seen:
                     seen.add(real)
@@ -144,15 +144,15 @@ def files_below(folder: str | Path) -> Iterator[str]:
 
 
 def is_sheet(path: str | Path) -> bool:
-    """Return whether a picture is no item but a sheet of several, as `mmdit sample` writes it
-    beside samples, and `mmdit inspect-cache` into a cache."""
+    """Return whether a picture is a contact sheet rather than an item: `mmdit sample` writes one
+    beside its samples, and `mmdit inspect-cache` into a cache."""
     name, beside = os.path.basename(path), os.path.join(os.path.dirname(path), "manifest.json")
     return name == "grid.png" or (name == "sheet.png" and os.path.isfile(beside))
 
 
 def written_here(files: Iterable[str]) -> dict[str, str]:
-    """Return folder → what it is, of the folders (relative, without the top one) that hold what
-    this program made: caches, runs, samples, frames of `prepare-frames`."""
+    """Return folder → what it is, for the relative folders (without the top one) that hold output
+    of this program: caches, runs, samples, frames of `prepare-frames`."""
     names: dict[str, set[str]] = defaultdict(set)
     for file in files:
         names[os.path.dirname(file)].add(os.path.basename(file))
@@ -167,11 +167,12 @@ def written_here(files: Iterable[str]) -> dict[str, str]:
 
 
 def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return an id for every relative path, different from all others: `pets/cat.jpg` → `pets_cat`.
+    """Return a unique id for every relative path: `pets/cat.jpg` → `pets_cat`.
 
-    `known`: ids that files have got before; they keep them, whatever appears beside them. Where
-    several new files want one id, the first by name gets it; the others, and those whose id would
-    be no file name, get a hash of their path. The order of `files` changes nothing."""
+    `known`: ids that files have from earlier runs, which they keep, whatever files are added beside
+    them. If several new files would get the same id, the first by name gets it; the others, and
+    those whose id could not be a file name, get a hash of their path. The order of `files` does not
+    matter."""
     files = list(files)
     file_of: dict[str, str] = {}  # by id
     for file in sorted(files):
@@ -189,15 +190,16 @@ def ids_for(files: Iterable[str], known: Mapping[str, str] | None = None) -> dic
 
 
 def hashed_id(id: str, file: str) -> str:
-    """Return an id fit to be a file name, for a file whose path gives none or one that is taken."""
+    """Return an id that can be a file name, for a file whose path gives no id or one that is
+    taken."""
     clean = re.sub(r"[\x00-\x1f\x7f\\]", "_", id).lstrip(".")
     short = clean.encode()[: MAX_ID_BYTES - 13].decode(errors="ignore")
     return f"{short}-{hashlib.sha256(file.encode()).hexdigest()[:12]}"
 
 
 def known_rows(paths: Iterable[Path]) -> dict[str, dict]:
-    """Return path → line, of files that an earlier run wrote, perhaps edited since. ValueError: a
-    line cannot be read, or one of several for one file, which a line for each would replace."""
+    """Return path → line, for the lines that an earlier run wrote, perhaps edited since. ValueError
+    if a line cannot be read, or if a file has several lines, which one new line would replace."""
     keys = [key for keys in PATH_KEYS.values() for key in keys]
     known: dict[str, dict] = {}
     for path in filter(Path.is_file, paths):
@@ -228,9 +230,8 @@ def known_rows(paths: Iterable[Path]) -> dict[str, dict]:
 
 
 def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
-    """Return picture or clip → its text file, by the name: of `cat.jpg` it is `cat.txt`, else
-    `cat.TXT`, else `cat.jpg.txt`. Letters with accents are the same however a system composes
-    them."""
+    """Return picture or clip → its text file, by name: for `cat.jpg` it is `cat.txt`, else
+    `cat.TXT`, else `cat.jpg.txt`. Accented letters match however a system encodes them."""
     by_name: dict[str, str] = {}
     for path in sorted(texts, key=lambda path: (not path.endswith(".txt"), path)):
         by_name.setdefault(os.path.splitext(path)[0], path)
@@ -247,8 +248,8 @@ def _texts_of(media: list[str], texts: list[str]) -> dict[str, str]:
 
 
 def read_captions(path: Path, per_line: bool) -> list[str]:
-    """Return the captions in a text file: all of it as one, or one a line. ValueError: it is not
-    UTF-8; FileNotFoundError."""
+    """Return the captions in a text file: one from all of it, or one for each line. ValueError if
+    it is not UTF-8; FileNotFoundError."""
     with open_regular(path) as file:
         return text_captions(file.read(), per_line)
 
@@ -260,7 +261,8 @@ def prepare_folder(
     per_line: bool = False,
 ) -> FolderReport:
     """Write `<split>_images.jsonl` and `<split>_videos.jsonl` into `out_dir`, or into the folder
-    itself; one that would be empty is not there. ValueError: no media in it."""
+    itself; a file that would be empty is not written. Return a report. ValueError if the folder
+    holds no media."""
     folder, out_dir = Path(folder), Path(out_dir or folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -322,17 +324,17 @@ def prepare_folder(
         if rows:
             write_atomically(path, "".join(rows))
             report.written.append(path)
-        else:  # the lines of an earlier run, if any, are of files that are not there
+        else:  # lines of an earlier run would be about files that are gone
             path.unlink(missing_ok=True)
     return report
 
 
 def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png") -> int:
-    """Write the frames of a video file as pictures into `folder`, `fps` a second; return how many
-    there are.
+    """Write the frames of a video file as pictures into `folder`, `fps` frames a second; return
+    their number.
 
-    The folder appears when it is whole. One that is there is left as it is, perhaps cleaned by
-    hand, unless the video or `suffix` is another than it was made from. ValueError or OSError: the
+    The folder appears when it is complete. An existing folder, perhaps cleaned by hand, is kept
+    unless it was made from another video or with another `suffix`. ValueError or OSError if the
     file cannot be used."""
     note = folder.with_name(f".{folder.name}.json")
 
@@ -340,7 +342,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
         write_atomically(note, json.dumps({"stamp": stamp, "format": suffix}))
 
     if folder.is_dir():
-        made_from = read_object(note)  # of an older version: nothing
+        made_from = read_object(note)  # empty for a folder made by an older version
         state, stamp = compare_stamp(record.source, made_from.get("stamp"), fps)
         kept = made_from.get("format") == suffix and state in ("same", "renewed", "gone")
         if kept or not made_from:
@@ -352,6 +354,6 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
     with replace_folder(folder) as unfinished:
         for number, image in enumerate(read_video(record.source, fps), 1):
             image.save(unfinished / f"{number - 1:06d}.{suffix}", **options)
-        remove(folder)  # frames of another video
+        remove(folder)  # which holds frames of another video
     write_note(stamp)
     return number

@@ -1,16 +1,16 @@
-"""Which file is which: by what a cached item knows whether its source is still the one that it was
-made from.
+"""Identify source files: decide whether the source of a cached item is still the one that the item
+was made from.
 
-A stamp is `{"place", "stat", "content"}`, hashes of the source's path; of its files' names, sizes
-and times; and of all their bytes. Place and stat are compared at each start, which opens no file.
-Only where they differ are the bytes read: a source that was copied, moved or touched is the same
-one, and gets a new stamp; any other is encoded anew.
+A stamp is `{"place", "stat", "content"}`: hashes of the source's path; of its files' names, sizes
+and times; and of all their bytes. At each start, place and stat are compared, for which no file is
+opened. Only where they differ are the bytes read: a source that was copied, moved or touched is
+still the same, and gets a new stamp; any other is encoded anew.
 
-A member of an archive has the path and the times of the archive in `place` and `stat`. Its content
-is hashed as that of a file, so that pictures which move into a tar stay the same ones.
+For a member of an archive, `place` and `stat` use the path and times of the archive. Its content is
+hashed like that of a file, so that pictures keep their identity when they are moved into a tar.
 
-Older caches hold less: the bytes of a picture or video file, the number of a folder's pictures.
-That is compared as it was.
+Older caches hold less: the size of a picture or video file, or the number of pictures in a folder.
+Then only that is compared.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ State = Literal["same", "renewed", "older", "changed", "gone", "missing"]
 
 
 def stamp_of(path: str | Member | VideoSpan, fps: float = 0.0) -> dict[str, str]:
-    """Return the stamp of a picture, a folder of pictures or, with the `fps` asked for, a video
-    file. OSError: it cannot be read."""
+    """Return the stamp of a picture, a folder of pictures or, with the wanted `fps`, a video file.
+    OSError if it cannot be read."""
     return _source(path, fps).stamp()
 
 
 def compare_stamp(
     path: str | Member | VideoSpan, stored: dict | int | str | None, fps: float = 0.0
 ) -> tuple[State, dict[str, str] | None]:
-    """Return whether the source at `path` is the one that was `stored`, and its new stamp, if it
-    needs one.
+    """Compare the source at `path` with the stamp that was `stored`; return the state, and a new
+    stamp if one is needed.
 
-    "same"; "renewed": another place or other times, the same bytes; "older": the same as far as an
-    older stamp can tell; "changed"; "gone": no file is there, but one was; "missing": no file is
-    there, nor was."""
+    "same"; "renewed": at another place or with other times, but with the same bytes; "older": the
+    same, as far as an older stamp can tell; "changed"; "gone": there was a file, but there is none
+    any more; "missing": there is no file, nor was one at this path."""
     try:
         source = _source(path, fps)
     except OSError:
@@ -58,7 +58,7 @@ def compare_stamp(
     try:
         stamp = source.stamp()
     except (OSError, Unusable):
-        return "changed", None  # whoever decodes it will say why
+        return "changed", None  # the error is reported when it is decoded
     return ("renewed", stamp) if stamp["content"] == stored.get("content") else ("changed", None)
 
 
@@ -69,20 +69,20 @@ def _source(path: str | Member | VideoSpan, fps: float) -> _Source | _Inside:
 
 
 class _Inside:
-    """A picture or a video file in an archive. What it holds has the same hash as a file of these
-    bytes; what is known without reading it is the state of the archive."""
+    """A picture or a video file in an archive. The hash of its content equals that of a file with
+    the same bytes; its quick stamp comes from the state of the archive."""
 
     def __init__(self, member: Member, fps: float):
         self.member, self.rate = member, f"{fps:g} fps" if fps else ""
 
     def quick_stamp(self) -> dict[str, str]:
-        """Return what is known without opening a file."""
+        """Return the parts of the stamp for which no file is opened."""
         archive = self.member.archive
         state = "/".join(map(str, ("", archive.size, *archive.times)))
         return {"place": _place(self.member.path), "stat": _hash(self.rate, state)}
 
     def stamp(self) -> dict[str, str]:
-        """Return the whole stamp."""
+        """Return the complete stamp."""
         digest = hashlib.sha256(self.rate.encode())
         with self.member.open_binary() as file:
             size = file.seek(0, os.SEEK_END)
@@ -92,12 +92,11 @@ class _Inside:
         return self.quick_stamp() | {"content": digest.hexdigest()[:16]}
 
     def older_stamp(self) -> None:
-        """Return nothing: older versions read no archives."""
+        """Return None: older versions read no archives."""
 
 
 class _Source:
-    """A picture, a video file or a folder of pictures, as the file system knows it. OSError: it is
-    gone."""
+    """A picture, a video file or a folder of pictures in the file system. OSError if it is gone."""
 
     def __init__(self, path: str, fps: float):
         self.path, self.fps = path, fps
@@ -107,7 +106,7 @@ class _Source:
         self.rate = f"{fps:g} fps" if fps and not self.is_folder else ""
 
     def quick_stamp(self) -> dict[str, str]:
-        """Return what is known without opening a file."""
+        """Return the parts of the stamp for which no file is opened."""
         lines = [
             f"{name}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}"
             for name, status in self.files
@@ -115,7 +114,7 @@ class _Source:
         return {"place": _place(self.path), "stat": _hash(self.rate, *lines)}
 
     def stamp(self) -> dict[str, str]:
-        """Return the whole stamp. Only regular files are opened (a pipe would never end)."""
+        """Return the complete stamp. Only regular files are opened (a pipe would never end)."""
         digest = hashlib.sha256(self.rate.encode())
         for name, status in self.files:
             if not stat.S_ISREG(status.st_mode):
@@ -126,7 +125,7 @@ class _Source:
         return self.quick_stamp() | {"content": digest.hexdigest()[:16]}
 
     def older_stamp(self) -> int | str:
-        """Return the stamp that older versions stored."""
+        """Return the stamp as older versions stored it."""
         if self.is_folder:
             return len(self.files)
         size = self.files[0][1].st_size
@@ -134,36 +133,36 @@ class _Source:
 
 
 class _Frames(_Source):
-    """Some frames of a video file. They are others when the file or their numbers are."""
+    """A range of frames in a video file. It is another source if the file or the numbers change."""
 
     def __init__(self, span: VideoSpan, fps: float):
         super().__init__(span.path, fps)
         self.numbers = f"frames {span.first} to {span.end}"
 
     def quick_stamp(self) -> dict[str, str]:
-        """Return what is known without opening a file."""
+        """Return the parts of the stamp for which no file is opened."""
         whole = super().quick_stamp()
         return whole | {"stat": _hash(whole["stat"], self.numbers)}
 
     def stamp(self) -> dict[str, str]:
-        """Return the whole stamp. A file with many clips in it is read once."""
+        """Return the complete stamp. A file that holds many clips is read only once."""
         content = _content_of(self.path, self.fps, super().quick_stamp()["stat"])
         return self.quick_stamp() | {"content": _hash(content, self.numbers)}
 
     def older_stamp(self) -> str:
-        """Return what no stamp is: older versions knew no such clips."""
+        """Return "", which no stored stamp equals: older versions had no such clips."""
         return ""
 
 
 @functools.lru_cache(maxsize=8)
 def _content_of(path: str, fps: float, state: str) -> str:
-    """Return the hash of a video file's bytes, while its `state` is this one."""
+    """Return the hash of a video file's bytes; computed once for each `state` of the file."""
     return _Source(path, fps).stamp()["content"]
 
 
 def _pictures_in(folder: str) -> list[tuple[str, os.stat_result]]:
-    """Return the pictures of a folder, by name: of what a link leads to, or of the link itself
-    where that is nothing."""
+    """Return the pictures in a folder by name, with the status of the file that a link leads to, or
+    of the link itself if it leads nowhere."""
     pictures = []
     with os.scandir(folder) as entries:
         for entry in entries:

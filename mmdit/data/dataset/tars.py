@@ -1,11 +1,11 @@
-"""WebDataset tars: which pictures or clips are in them, where, and what is said of each.
+"""WebDataset tars: find the pictures or clips in them, and the texts that belong to each.
 
     0001.jpg + 0001.txt, pets/0002.png + pets/0002.json, 0003.mp4 + 0003.txt
 
-What lies before the first dot of a file's name is the key; files of one key belong together, in
-whatever order they come. Headers and captions are read here, and of the pictures not a byte;
-nothing is ever unpacked. A tar is data of strangers: links, devices and names that lead out of it
-are no pictures, a header has a limit, and what is damaged is told where it stands.
+The part of a file's name before its first dot is the key; files with the same key belong together,
+in whatever order they come. Headers and captions are read here, but no bytes of pictures; nothing
+is ever unpacked to disk. Tars may come from strangers: links, devices and names that lead out of
+the tar are refused, the size of headers is limited, and damage is reported with its place.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from mmdit.data.dataset.videos import VIDEO_SUFFIXES
 
 BLOCK = 512
 END = bytes(BLOCK)
-MAX_HEADER = 1 << 20  # bytes of a long name, or of what a header says beside its block
-MAX_TEXT = 1 << 20  # bytes of a caption; JSON has the limit of a line of metadata
-PREFERRED = ("jpg", "jpeg", "png", "webp", "mp4")  # if a key has several pictures or clips
+MAX_HEADER = 1 << 20  # bytes of a long name, or of the data of an extended header
+MAX_TEXT = 1 << 20  # bytes of a caption; for JSON, the limit of a line of metadata applies
+PREFERRED = ("jpg", "jpeg", "png", "webp", "mp4")  # if a key has several pictures or clips, by rank
 CAPTION_KEYS = ("caption", "captions", "text", "prompt")
-BOTH = ("caption", "captions")  # of which an item may have both
+BOTH = ("caption", "captions")  # an item may have both of these
 LONG_NAME, EXTENDED, GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE
 ABOUT_NEXT = (LONG_NAME, tarfile.GNUTYPE_LONGLINK, EXTENDED, tarfile.SOLARIS_XHDTYPE, GLOBAL)
 TYPES = {
@@ -58,13 +58,13 @@ TEXTS = {"txt", "json"}
 
 
 class BrokenTar(Unusable):
-    """A tar whose end is missing or cannot be read."""
+    """Raised for a tar whose end is missing or cannot be read."""
 
 
 # ── the files in a tar ────────────────────────────────────────────────────────────────────────────
 @dataclass(slots=True)
 class TarEntry:
-    """A file in a tar: `size` bytes from `offset` on. `error`: why it is not read."""
+    """A file in a tar: `size` bytes from `offset` on. `error`: why it is not read, or None."""
 
     name: str
     offset: int = 0
@@ -73,9 +73,9 @@ class TarEntry:
 
 
 def tar_entries(archive: Archive) -> Iterator[TarEntry]:
-    """Yield every file of a tar, in its order, by its headers alone. Where the tar is damaged the
-    last entry is a `BrokenTar`, under the name of the file that is cut off or one of its own.
-    Folders are left out. OSError: the tar cannot be read."""
+    """Yield every file in a tar, in order, reading headers alone. If the tar is damaged, the last
+    entry has a `BrokenTar` as its error, under the name of the file that is cut off or a made-up
+    one. Folders are left out. OSError if the tar cannot be read."""
     with archive.open_binary() as file:
         try:
             yield from _entries(archive, file)
@@ -87,7 +87,7 @@ def tar_entries(archive: Archive) -> Iterator[TarEntry]:
 
 def _entries(archive: Archive, file: FileIO) -> Iterator[TarEntry]:
     place = 0
-    about: dict[str, str] = {}  # what headers before said of the next one
+    about: dict[str, str] = {}  # what earlier headers state about the next file
     while True:
         file.seek(place)
         block = file.read(BLOCK)
@@ -129,7 +129,7 @@ def _entries(archive: Archive, file: FileIO) -> Iterator[TarEntry]:
 
 
 def _check_beginning(block: bytes) -> None:
-    """Refuse what is no tar, by its first bytes."""
+    """Raise ValueError if the first bytes show that it is not a tar."""
     if len(block) < BLOCK:
         raise ValueError("no tar: it is too short")
     for start, name in COMPRESSED.items():
@@ -141,12 +141,12 @@ def _check_beginning(block: bytes) -> None:
 
 
 def _end_of(archive: Archive) -> str:
-    """Return a name for the end of a tar that is not there."""
+    """Return a name for the missing end of a tar."""
     return archive.stem.replace(".", "_") + "-end"
 
 
 def _said(header_type: bytes, data: bytes) -> dict[str, str]:
-    """Return what a header says of the file behind it: its `path`, its `size`."""
+    """Return what a header states about the file behind it: its `path`, its `size`."""
     if header_type == LONG_NAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     values = {}
@@ -161,12 +161,12 @@ def _said(header_type: bytes, data: bytes) -> dict[str, str]:
 
 
 def _shown(name: str) -> str:
-    """Return a name as it can be written and printed."""
+    """Return a name with characters replaced that cannot be written or printed."""
     return re.sub("[\0-\x1f\x7f\ud800-\udfff]", "\ufffd", name)
 
 
 def _refusal(name: str, entry_type: bytes, sparse: bool) -> Unusable | None:
-    """Return why an entry of a tar is not read, if it is not."""
+    """Return why an entry of a tar is not read, or None if it is."""
     if name.startswith("/") or ".." in name.split("/"):
         return Unusable("a name that leads out of the tar", _shown(name))
     if holds_half_a_pair(name):
@@ -183,17 +183,17 @@ def _refusal(name: str, entry_type: bytes, sparse: bool) -> Unusable | None:
 # ── the samples ───────────────────────────────────────────────────────────────────────────────────
 @dataclass(slots=True)
 class _Group:
-    """The files of one key, by extension, in lower case."""
+    """The files with one key, by extension in lower case."""
 
     key: str
     entries: dict[str, TarEntry] = field(default_factory=dict)
 
 
 def tar_samples(archive: Archive, media: Media, caption_key: str = "") -> Iterator[Sample]:
-    """Yield the pictures or clips of a tar, in its order. The caption is in a `.txt`, else in the
-    `.json` under a usual key; or there under `caption_key`. What cannot be used is yielded as
-    `Unreadable`. Keys that have only media of the other kind are left out. OSError: the tar cannot
-    be read."""
+    """Yield the pictures or clips in a tar, in order. The caption is in a `.txt` file, else in the
+    `.json` under a usual key; with `caption_key`, it is in the `.json` under that key. Samples that
+    cannot be used are yielded as `Unreadable`. Keys that have only media of the other kind are left
+    out. OSError if the tar cannot be read."""
     groups, broken = _groups(archive)
     described = any(TEXTS & group.entries.keys() for group in groups)
     with archive.open_binary() as file:
@@ -208,7 +208,7 @@ def tar_samples(archive: Archive, media: Media, caption_key: str = "") -> Iterat
 
 
 def _groups(archive: Archive) -> tuple[list[_Group], bool]:
-    """Return the files of a tar by their keys, and whether its end is missing."""
+    """Return the files in a tar grouped by key, and whether its end is missing."""
     groups: dict[str, _Group] = {}
     broken = False
     for entry in tar_entries(archive):
@@ -228,7 +228,7 @@ def _groups(archive: Archive) -> tuple[list[_Group], bool]:
 def _sample(
     archive: Archive, file: FileIO, group: _Group, media: Media, caption_key: str
 ) -> Sample | None:
-    """Return the sample of a key; None where there is none of this kind."""
+    """Return the sample of a key; None if it has none of this kind of media."""
     entries = group.entries
     member = next(iter(entries.values())).name
     try:
@@ -250,8 +250,8 @@ def _sample(
 
 
 def _media_extension(group: _Group, media: Media) -> str:
-    """Return the extension of the picture or clip of a key; "" if it has media of the other kind
-    only. Unusable: there is none, or it is not clear which."""
+    """Return the extension of the picture or clip of a key; "" if it only has media of the other
+    kind. Unusable if there is none, or if it is not clear which one it is."""
     suffixes, others = SUFFIXES, VIDEO_SUFFIXES
     if media == "video":
         suffixes, others = others, suffixes
@@ -274,7 +274,7 @@ def _media_extension(group: _Group, media: Media) -> str:
 def _texts(
     file: FileIO, entries: dict[str, TarEntry], extension: str, caption_key: str
 ) -> tuple[list[str], dict]:
-    """Return captions and facts of a sample. Unusable: they cannot be read, or it is not clear
+    """Return captions and facts of a sample. Unusable if they cannot be read, or if it is not clear
     which text is the caption."""
     before = extension.rpartition(".")[0]
     texts: dict[str, TarEntry] = {}
@@ -309,8 +309,8 @@ def _texts(
 
 
 def captions_under(row: dict, key: str) -> list[str]:
-    """Return the captions that a row holds under a key: a text, several in a list, or none; under
-    `caption` and `captions` those of both. ValueError: it is something else."""
+    """Return the captions under a key of a row: a text, a list of texts, or nothing; for `caption`
+    and `captions` those of both keys. ValueError if the value is something else."""
     captions: list[str] = []
     for name in BOTH if key in BOTH else (key,):
         value = row.get(name)
@@ -328,7 +328,7 @@ def _read(file: FileIO, entry: TarEntry, limit: int) -> bytes:
 
 
 def other_contents(archive: Archive) -> str:
-    """Return which files a tar holds, for people: counts by extension."""
+    """Return a text for people that counts the files in a tar by extension."""
     names = (entry.name.rpartition("/")[2] for entry in tar_entries(archive))
     counts = Counter("." + name.partition(".")[2] for name in names)
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5)) or "nothing"

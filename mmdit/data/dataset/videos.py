@@ -1,9 +1,9 @@
-"""Clips from video files (PyAV): looked at without decoding, then decoded once, at the frame rate
+"""Clips from video files (PyAV): inspected without decoding, then decoded once, at the frame rate
 that the config asks for. Animated pictures are read by Pillow instead (`animations`).
 
-The times stored in the file decide, not its stated rate: clips of variable frame rate move as a
-player would show them. So do the colours that it states: HDR is tone-mapped, wide gamuts become
-sRGB; where nothing is stated HD is BT.709 and the rest BT.601."""
+The times stored in the file count, not the rate that it states: clips of variable frame rate move
+as in a player. The stated colours count, too: HDR is tone-mapped, wide gamuts become sRGB; if
+nothing is stated, HD is taken as BT.709 and the rest as BT.601."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mmdit.data.dataset.problems import Unusable
 from mmdit.foreign import HEAD, stand_in
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".mpg", ".mpeg", ".m2ts"}
-VIDEO_SUFFIXES |= {".wmv", ".flv", ".3gp", ".ogv"}  # .ts and .mts are program text as often
-NEAR = 0.1  # a rate this near to the asked one is taken as it is: 29.97 for 30, 25 for 24
-MAX_FRAMES = 4096  # of one clip: all of them are encoded at once
-MAX_FRAME_PIXELS = 8192 * 4352  # 8K, a little over
-MOST_STRETCHED = 16  # sides of a pixel
-MOST_DELAYED = 32  # frames: more than any codec keeps before it shows one
-# FFmpeg's names of the containers that are opened; none of them leads to other files
+VIDEO_SUFFIXES |= {".wmv", ".flv", ".3gp", ".ogv"}  # .ts and .mts are as often program text
+NEAR = 0.1  # a rate this near to the wanted one is used unchanged: 29.97 for 30, 25 for 24
+MAX_FRAMES = 4096  # of one clip, because all of them are encoded at once
+MAX_FRAME_PIXELS = 8192 * 4352  # slightly more than 8K
+MOST_STRETCHED = 16  # ratio of the sides of a pixel
+MOST_DELAYED = 32  # frames: more than any codec holds back before it returns one
+# FFmpeg's names of the containers that are opened; none of them can refer to other files
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,asf,ogg,mxf,dv"
 
 Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
@@ -42,8 +42,8 @@ Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file holds, from its packets alone: size as displayed before rotation, when each frame
-    is shown, the length in seconds that the file states (0 where it does not), and which frames are
+    """What a file holds, from its packets alone: the size as displayed before rotation, the time of
+    each frame, the length in seconds that the file states (0 if it states none), and the times of
     key frames, where decoding can begin."""
 
     width: int
@@ -54,8 +54,8 @@ class Probe:
     keys: tuple[int, ...] = ()  # some of `stamps`
 
     def part(self, first: int, end: int) -> Probe:
-        """Return what it is from frame `first` up to, but not including, frame `end`. ValueError:
-        there are not so many."""
+        """Return the probe of the frames from number `first` up to, but not including, `end`.
+        ValueError if there are not so many."""
         if end > len(self.stamps):
             problem = "its frames are not there"
             raise Unusable(problem, f"video_span ends at {end}, of {len(self.stamps)} frames")
@@ -63,13 +63,13 @@ class Probe:
 
     @property
     def fps(self) -> float:
-        """Mean rate; 0 for a single frame."""
+        """Return the mean frame rate; 0 for a single frame."""
         length = (self.stamps[-1] - self.stamps[0]) * self.tick
         return (len(self.stamps) - 1) / length if length else 0.0
 
     def plan(self, fps: float) -> list[int]:
-        """Return the numbers of the frames to take for `fps` a second. ValueError: frames would
-        have to be repeated throughout."""
+        """Return the numbers of the frames to take for `fps` frames a second. ValueError if frames
+        would have to be repeated throughout."""
         times = (np.array(self.stamps, np.float64) - self.stamps[0]) * self.tick
         gaps = np.diff(times)
         if len(times) == 1:
@@ -84,11 +84,11 @@ class Probe:
         if steady and self.fps <= fps * (1 + NEAR):
             chosen = list(range(len(times)))
         else:
-            # what is on the screen at k / fps (times may be rounded to milliseconds); the last
-            # frame stays a mean gap
+            # the frame that is on the screen at k / fps (times may be rounded to milliseconds); the
+            # last frame stays for the mean time between frames
             wanted = np.arange(0, times[-1] + gaps.mean() - 0.1 / fps, 1 / fps)
             chosen = (np.searchsorted(times, wanted + 0.05 / fps, side="right") - 1).tolist()
-            chosen = chosen or [0]  # all of it is shorter than a frame
+            chosen = chosen or [0]  # the whole clip is shorter than a frame
         if len(chosen) > MAX_FRAMES:
             raise Unusable(
                 "too long",
@@ -100,16 +100,16 @@ class Probe:
 
 @contextmanager
 def _opened(path: Source):
-    """Open the container and its video stream; whatever the decoder raises becomes a ValueError
-    without the path. FFmpeg gets the open file, not its name, and a closed list of containers: none
-    that is a list of other files or addresses."""
+    """Open the container and its video stream. Errors of the decoder become a ValueError without
+    the path. FFmpeg gets the open file, not its name, and a closed list of containers, without
+    those that list other files or addresses."""
     try:
         import av
     except ImportError:
         raise Unusable("video files need PyAV", "pip install av") from None
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
-        # titles that are no UTF-8 are no reason to leave a video out
+        # a title that is not UTF-8 is no reason to leave a video out
         reading: dict[str, Any] = {"options": options, "metadata_errors": "replace"}
         with open_source(path) as file, av.open(file, **reading) as container:
             if not container.streams.video:
@@ -117,7 +117,7 @@ def _opened(path: Source):
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise Unusable("unreadable video", "its codec is not known")
-            # frames may be larger than the file states; FFmpeg counts what it pads them with, too
+            # frames may be larger than the file states; FFmpeg counts its padding, too
             stream.codec_context.options = {"max_pixels": str(2 * MAX_FRAME_PIXELS)}
             yield container, stream
     except FileNotFoundError:
@@ -131,8 +131,8 @@ def _opened(path: Source):
 
 @contextmanager
 def _converting() -> Iterator[None]:
-    """Raise Unusable for pixels that FFmpeg cannot convert: what it lacks comes as an error of the
-    system, which is not to blame."""
+    """Raise Unusable for pixels that FFmpeg cannot convert. It reports a missing conversion as an
+    error of the system, which is misleading."""
     try:
         yield
     except OSError as error:
@@ -149,8 +149,9 @@ def _check_size(width: int, height: int) -> None:
 
 
 def probe(path: Source) -> Probe:
-    """Read the packets and decode nothing, of animated pictures all. ValueError: no video, no
-    frame, or the file ends before its stated length. A long video is read once for its clips."""
+    """Return what a file holds. Packets are read but not decoded, except that animated pictures are
+    decoded completely. ValueError if there is no video or no frame, or if the file ends before its
+    stated length. A long video that holds several clips is read once."""
     if isinstance(path, VideoSpan):
         status = os.stat(path.path)
         state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -169,13 +170,13 @@ def probe(path: Source) -> Probe:
                     keys.add(packet.pts)
         if not shown:
             raise Unusable("video without frames")
-        if untimed > len(shown):  # of two fields that make a frame the second may have none
+        if untimed > len(shown):  # of two fields that make a frame, the second may have none
             raise _without_times(f"{untimed} of its packets have none")
         tick = float(stream.time_base)
-        stated = start = 0.0  # seconds; Matroska may count from zero where its first frame is later
+        stated = start = 0.0  # seconds; Matroska may count from zero with a later first frame
         if stream.duration:
             stated = float(stream.duration * stream.time_base)
-        elif container.duration and len(container.streams) == 1:  # else perhaps the sound's length
+        elif container.duration and len(container.streams) == 1:  # else perhaps of the sound
             stated = container.duration / 1e6
             start = max(0.0, min(shown) * tick)
         width, height = stream.codec_context.width, stream.codec_context.height
@@ -191,7 +192,7 @@ def probe(path: Source) -> Probe:
 
 @lru_cache(maxsize=8)
 def _probe_once(path: str, state: tuple[int, int, int]) -> Probe:
-    """Return what a file holds, while its size and times are these."""
+    """Return the probe of a file; computed once for each `state` (size and times)."""
     return probe(path)
 
 
@@ -203,7 +204,7 @@ def _without_times(what: str) -> Unusable:
 
 
 def _square(width: int, height: int, stream) -> int:
-    """Return the width of a frame whose pixels are made square."""
+    """Return the width of a frame after its pixels are made square."""
     ratio = float(stream.sample_aspect_ratio or 1)
     if not 1 / MOST_STRETCHED <= ratio <= MOST_STRETCHED:
         shape = f"{ratio:.3g} times as wide as high"
@@ -214,8 +215,8 @@ def _square(width: int, height: int, stream) -> int:
 
 
 def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
-    """Yield RGB frames at `fps` a second, one at a time, as a player shows them: turned and
-    mirrored as the file says, with square pixels; `info["notes"]` as of `load_image`. ValueError
+    """Yield RGB frames at `fps` frames a second, one at a time, as a player shows them: rotated and
+    mirrored as the file states, with square pixels; `info["notes"]` as in `load_image`. ValueError
     says what is wrong with the file; OSError if it is missing."""
     content = probe(path)
     numbers = content.plan(fps)
@@ -225,7 +226,7 @@ def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
         return
     wanted = [content.stamps[number] for number in numbers]
     place, matrix = 0, None
-    # one thread: the workers are the parallelism
+    # one thread, because the workers run in parallel
     decoded = _decoded_from(path, content.keys, wanted[0], threads=1)
     for stream, frame in decoded:
         if place == len(wanted):
@@ -234,7 +235,7 @@ def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
             continue
         if frame.is_corrupt or frame.pts != wanted[place]:
             for _ in islice(decoded, MOST_DELAYED):
-                pass  # if the frame comes later, the times are to blame, and that is raised
+                pass  # if the frame does come later, its times are wrong, and that error is raised
             seconds = (wanted[place] - wanted[0]) * content.tick
             raise Unusable("damaged", f"a frame at {seconds:.2f} s cannot be decoded")
         matrix = matrix or _matrix(frame)
@@ -250,9 +251,9 @@ def read_video(path: Source, fps: float) -> Iterator[Image.Image]:
 def _decoded_from(
     path: Source, keys: tuple[int, ...], stamp: int, threads: int
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (stream, frame) for the frames of a file, at the latest from the one shown at `stamp`
-    on: from the last key frame before it, or, where the container does not find that, from the
-    first frame. `threads`: of the decoder; 0 is as many as there are cores."""
+    """Yield (stream, frame) for the frames of a file from the one shown at `stamp` on, or from an
+    earlier one: decoding begins at the last key frame before it, or, if the container does not find
+    that, at the first frame. `threads`: of the decoder; 0 means one for each core."""
     import av
 
     before = bisect_right(keys, stamp)
@@ -261,16 +262,16 @@ def _decoded_from(
             stream.codec_context.thread_count = threads
             if threads != 1:
                 stream.thread_type = "AUTO"
-            with suppress(av.error.FFmpegError):  # then the key frame is not met
+            with suppress(av.error.FFmpegError):  # the key frame is then not found
                 if key is not None:
                     container.seek(key, stream=stream)
             met, last = key is None, None
             for frame in container.decode(stream):
                 if not met:
-                    # what is shown before the key frame refers to frames that were not decoded
+                    # frames shown before the key frame depend on frames that were not decoded
                     if frame.pts is None or frame.pts < key:
                         continue
-                    if frame.pts > key or not frame.key_frame:  # packs may have other times then
+                    if frame.pts > key or not frame.key_frame:  # packets may have other times
                         break
                     met = True
                 if frame.pts is not None:
@@ -285,9 +286,9 @@ def _decoded_from(
 def thumbnails(
     path: str, content: Probe, size: tuple[int, int], first: int = 0
 ) -> Iterator[tuple[float, np.ndarray | None]]:
-    """Yield, for every frame of a video file from number `first` on, when it is shown, in seconds,
-    and a thumbnail of this size (width, height), uint8 YUV `(3, H, W)`; None for a frame that
-    cannot be decoded. `content`: what `probe` says of the file."""
+    """Yield (time, thumbnail) for every frame of a video file from number `first` on: the time in
+    seconds at which it is shown, and uint8 YUV `(3, H, W)` of this size (width, height), or None
+    for a frame that cannot be decoded. `content`: the file's `probe`."""
     seconds = [(stamp - content.stamps[0]) * content.tick for stamp in content.stamps]
     place = first
     if is_picture(path):
@@ -302,7 +303,7 @@ def thumbnails(
                 yield seconds[number], thumbnail
                 place = number + 1
             following = len(seconds)
-        except Unusable:  # damage: decoding begins again at the next key frame
+        except Unusable:  # after damage, decoding begins again at the next key frame
             later = content.keys[bisect_right(content.keys, content.stamps[place]) :]
             following = content.stamps.index(later[0]) if later else len(seconds)
         yield from ((seconds[missing], None) for missing in range(place, following))
@@ -312,7 +313,7 @@ def thumbnails(
 def _thumbnails_from(
     path: str, content: Probe, size: tuple[int, int], first: int
 ) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Yield (number, thumbnail) for the frames from number `first` on that the decoder gives; see
+    """Yield (number, thumbnail) for the frames from number `first` on that the decoder returns; see
     `thumbnails`."""
     from av.video.reformatter import VideoReformatter
 
@@ -353,16 +354,16 @@ def _shown(frame, stream, matrix: Matrix) -> Image.Image:
 
 
 def _coding(frame, stream) -> Coding | None:
-    """Return how the frame's numbers stand for light, if not as sRGB's."""
-    context = stream.codec_context  # where older versions of PyAV have them
+    """Return how the frame's numbers represent light, or None if as in sRGB."""
+    context = stream.codec_context  # older versions of PyAV have them here
     primaries = getattr(frame, "color_primaries", context.color_primaries)
     return coding_of(primaries, getattr(frame, "color_trc", context.color_trc))
 
 
 def _rgb(frame, coding: Coding | None) -> np.ndarray:
-    """Return uint8 `(H, W, 3)` in sRGB, transparency laid on the background."""
-    equations = None  # as the frame says
-    if frame.colorspace == 2 and not frame.format.is_rgb:  # it says nothing
+    """Return uint8 `(H, W, 3)` in sRGB, with transparency laid on the background."""
+    equations = None  # those that the frame states
+    if frame.colorspace == 2 and not frame.format.is_rgb:  # the frame states none
         hd = frame.height >= 720 or frame.width >= 1280
         equations = "ITU709" if hd else "ITU601"
         if coding is not None and coding.gamut == BT2020:
@@ -378,21 +379,22 @@ def _rgb(frame, coding: Coding | None) -> np.ndarray:
 
 
 def _converted(frame, layout: str, equations: Any) -> np.ndarray:
-    """Return the frame's pixels in another layout. The converter has threads and must end here: a
-    forked worker that finds one which its parent has left would wait for those without end."""
+    """Return the frame's pixels in another layout. The converter has threads and must not outlive
+    this call: a forked worker that inherits one would wait for its threads for ever."""
     from av.video.reformatter import VideoReformatter
 
     return VideoReformatter().reformat(frame, format=layout, src_colorspace=equations).to_ndarray()
 
 
 def _matrix(frame) -> Matrix:
-    """Return how a player lays the frames out: (x, y) is shown at (a x + c y, b x + d y). Asked of
-    one frame only, for asking keeps a frame in memory until Python collects its garbage."""
+    """Return the matrix by which a player lays out frames: (x, y) is shown at (a x + c y, b x + d
+    y). It is read from one frame only, because reading it keeps the frame in memory until Python's
+    garbage collection."""
     try:
         matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)
     except KeyError:
         return 1, 0, 0, 1
-    except ValueError:  # something beside it that this PyAV has no name for
+    except ValueError:  # the frame also has data that this PyAV has no name for
         quarters = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise
         return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[quarters]
     a, b, _, c, d = matrix[:5].tolist()
@@ -400,14 +402,14 @@ def _matrix(frame) -> Matrix:
 
 
 def _lies(matrix: Matrix) -> bool:
-    """Return whether rows become columns."""
+    """Return whether the matrix turns rows into columns."""
     a, b, c, d = matrix
     return abs(a) + abs(d) < abs(b) + abs(c)
 
 
 def _upright(pixels: np.ndarray, matrix: Matrix) -> np.ndarray:
-    """Return `(H, W, 3)` turned by quarters and mirrored as the matrix says; other angles as the
-    nearest quarter."""
+    """Return `(H, W, 3)` mirrored and rotated by quarter turns as the matrix says; other angles are
+    rounded to the nearest quarter."""
     a, b, c, d = matrix
     if _lies(matrix):
         pixels, across, down = pixels.transpose(1, 0, 2), c, b

@@ -1,5 +1,5 @@
-"""Work done by other processes, with results in order. A process that is killed is told and
-survived; a full /dev/shm is too."""
+"""Work done by other processes, with results in order. A killed process, or a full /dev/shm, is
+reported and survived."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from mmdit.data.dataset.records import Record
 from mmdit.files import naming
 
 KILLED = "the process that read it was killed (out of memory?)"
-ITEMS_PER_HELPER = 2048  # of fewer it would save less time than its start takes
-LARGE = 1 << 18  # bytes of an item that processes would rather not send each other
+ITEMS_PER_HELPER = 2048  # with fewer, a process saves less time than it takes to start
+LARGE = 1 << 18  # bytes of an item above which sending it to another process does not pay
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 class WorkerDied(ValueError):
-    """Raised where a worker process was killed. `numbers`: of the keys that it may have been at."""
+    """Raised when a worker process was killed. `numbers`: of the keys on which it may have been
+    working."""
 
     def __init__(self, numbers: set[int]):
         super().__init__(
@@ -49,7 +50,7 @@ class WorkerDied(ValueError):
 
 
 def cores() -> int:
-    """Return how many cores this process may use, which a container can limit."""
+    """Return how many cores this process may use; containers can limit them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -57,14 +58,14 @@ def cores() -> int:
 
 @dataclasses.dataclass
 class _Parcel:
-    """Hold a result that shared memory had no room for."""
+    """A pickled result, for which shared memory had no room."""
 
     content: bytes
 
 
 class _Job(Dataset):
-    """Wrap a dataset in a worker: note in `doing` which process is at which key, and make results
-    ready to be sent."""
+    """Wraps a dataset in a worker: it notes in `doing` which process works on which key, and makes
+    results ready to be sent."""
 
     def __init__(self, dataset: Dataset, doing: Any):
         self.dataset, self.doing = dataset, doing
@@ -78,7 +79,7 @@ class _Job(Dataset):
         result = self.dataset[key]
         try:
             for tensor in _tensors(result):
-                # later, in a thread that sends it, a failure would only be a hang
+                # here, because a failure in the thread that sends it later would be a mere hang
                 tensor.share_memory_()
         except RuntimeError:
             return _Parcel(pickle.dumps(result))
@@ -102,9 +103,9 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _begin(_worker: int) -> None:
-    # the parent stops the workers; they need not print about it
+    # the parent stops the workers; they need not report it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # where memory ends, a worker is killed, not the process that can tell of it
+    # when memory runs out, a worker is killed and not the parent, which can report it
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500", encoding="utf-8")
 
@@ -112,9 +113,9 @@ def _begin(_worker: int) -> None:
 def results(
     dataset: Dataset, keys: Iterable, num_workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Yield `dataset[key]` for every key, in order, made ahead by worker processes, no more than
-    there are cores (more would only wait for each other); 0: by this one. WorkerDied: one was
-    killed. ValueError: too many files are open.
+    """Yield `dataset[key]` for every key, in order, prepared in advance by worker processes, at
+    most as many as there are cores (more would only wait for each other); with 0 workers, by this
+    process. WorkerDied if one was killed. ValueError if too many files are open.
     """
     workers = min(num_workers, cores())
     with naming("shared memory, /dev/shm"):
@@ -122,7 +123,7 @@ def results(
     loader = DataLoader(
         _Job(dataset, doing),
         batch_size=None,
-        sampler=enumerate(keys),  # perhaps without an end
+        sampler=enumerate(keys),  # may be endless
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
@@ -153,8 +154,8 @@ def results(
 
 @contextlib.contextmanager
 def _without_interruption() -> Iterator[None]:
-    """Keep torch from raising an error about a killed worker in the middle of anything: `next` will
-    tell of it."""
+    """After this block, remove the signal handler that torch installs within it, which raises an
+    error about a killed worker at any point of the program: `next` will report it."""
     main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
     before = signal.getsignal(signal.SIGCHLD) if main else None
     yield
@@ -169,10 +170,10 @@ def _explained(error: Exception, doing: Any) -> Exception:
             "too many files are open for so many processes: raise the limit (ulimit -n 4096), or"
             " take fewer num_workers"
         )
-    # what is fetched from a process that is gone
+    # errors while fetching from a process that is gone
     unsent = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
     if "in DataLoader worker process" in text or not (unsent or "DataLoader worker (pid" in text):
-        return error  # of the work itself
+        return error  # an error in the work itself
     alive = {process.pid for process in multiprocessing.active_children()}
     pairs = zip(doing[0:-1:2], doing[1::2], strict=True)
     return WorkerDied({number for pid, number in pairs if pid and pid not in alive})
@@ -189,9 +190,9 @@ def each(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[tuple[list[Record], Any]]:
-    """Yield (part, `dataset[part]`) for parts of `at_once` records, in order. Parts over which a
-    worker is killed come at the end, record by record, each in a process of its own; where that is
-    killed, too, the result is a list of a `Skip`."""
+    """Yield (part, `dataset[part]`) for parts of `at_once` records, in order. Parts during which a
+    worker was killed come at the end, record by record, each in a process of its own; if that is
+    killed, too, the result is a list with a `Skip`."""
     parts = [records[i : i + at_once] for i in range(0, len(records), at_once)]
     suspects: list[Record] = []
     while parts:
@@ -224,8 +225,8 @@ def each(
 
 # ── work that is handed over ──────────────────────────────────────────────────────────────────────
 def helper_count(items: int, item_bytes: int, most: int) -> int:
-    """Return how many processes, at most `most`, shall help to write so many items of so many
-    bytes: none where items are few or large."""
+    """Return how many processes, at most `most`, should help to write `items` items of `item_bytes`
+    bytes each: none if items are few or large."""
     if item_bytes > LARGE:
         return 0
     return min(most, cores(), items // ITEMS_PER_HELPER)
@@ -233,16 +234,16 @@ def helper_count(items: int, item_bytes: int, most: int) -> int:
 
 @contextlib.contextmanager
 def helping_processes(count: int) -> Iterator[Executor | None]:
-    """Start processes that do what they are given while the block runs, and yield them; None if
-    `count` is 0. They end when this process does, even if it is killed. ValueError: one of them was
-    killed."""
+    """Start processes that execute tasks while the block runs, and yield their pool; None if
+    `count` is 0. They end when this process does, even if it is killed. ValueError if one of them
+    was killed."""
     if not count:
         yield None
         return
-    gc.freeze()  # each process would walk again and again, and so copy, all that was imported
+    gc.freeze()  # or each process's garbage collector would touch, and so copy, what was imported
     try:
         with ProcessPoolExecutor(count, initializer=_begin_helping) as pool:
-            pool.submit(int).result()  # forked now, before this process has further threads
+            pool.submit(int).result()  # forked now, before this process has more threads
             yield pool
     except BrokenProcessPool:
         raise ValueError(
@@ -261,7 +262,7 @@ def _begin_helping() -> None:
 
 
 def _end_once_unneeded() -> None:
-    """End this process when the one that it helps has ended."""
+    """End this process when the process that it helps has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -271,8 +272,8 @@ def _end_once_unneeded() -> None:
 def ahead(
     pool: Executor | None, work: Callable[[Task], Result], tasks: Iterable[Task], most: int
 ) -> Iterator[Result]:
-    """Yield `work(task)` for every task, in order, made by a pool, `most` of them ahead; without
-    one, by this process when it is asked for."""
+    """Yield `work(task)` for every task, in order, computed by a pool, up to `most` of them in
+    advance; without a pool, by this process on demand."""
     if pool is None:
         yield from map(work, tasks)
         return

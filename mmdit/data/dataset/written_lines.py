@@ -1,4 +1,4 @@
-"""Lines of metadata that a command writes again and again, and that people edit in between."""
+"""Metadata lines that a command writes repeatedly, and that people may edit in between."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from mmdit.files import read_bytes, write_atomically
 
 
 def write_lines(path: Path, text: str) -> str:
-    """Write the lines of a JSONL file. Where those that were there are not as they were written
-    last, they are kept beside it. Return what to say of that; nothing where nobody changed them."""
+    """Write the lines of a JSONL file. If the existing lines were edited since they were last
+    written, they are kept in a file beside it. Return a sentence about that, or "" if nobody
+    changed them."""
     note, before, noted, message = path.with_name(f".{path.name}.crc32"), b"", "", ""
     with contextlib.suppress(FileNotFoundError):
         before = read_bytes(path)

@@ -1,8 +1,8 @@
-"""Moving shapes: a text-to-image and text-to-video data set that is made in seconds and scored by
-arithmetic.
+"""Moving shapes: a text-to-image and text-to-video data set that is generated in seconds and scored
+by arithmetic.
 
 `draw` → facts, `render` → pixels, `caption` → words; `oracle` → what pixels show, `accuracy` → how
-often that was asked for.
+often they show what was asked for.
 """
 
 from mmdit.data.moving_shapes.drawing import draw

@@ -1,8 +1,8 @@
-"""Choose what generated samples are drawn on: of which size, and which parts of it a cache holds.
+"""Choose the canvas on which each generated sample is drawn: its size, and which parts of it a
+cache holds.
 
-A sample of a bucketed cache has one of its sizes. Where crops are shifted the canvas is a little
-longer than the size along one axis, so that there is something for a crop to lose, as there is of
-real pictures.
+In a bucketed cache, a sample has one of the bucket sizes. If crops are shifted, the canvas is a
+little longer than this size along one axis, so that a crop loses something, as with real pictures.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from mmdit.data.moving_shapes.facts import VERSION
 from mmdit.data.moving_shapes.prepare import Recipe
 from mmdit.rng import uniform
 
-# The most by which a canvas is longer than its size / the short side of that: of the smallest
-# object more than half stays. Sides are multiples of 16 pixels, and so is this, 16 pixels at least.
+# The most by which a canvas exceeds its size, as a share of that size's short side: more than half
+# of even the smallest object stays visible. Sides are multiples of 16 pixels, and so is the excess,
+# which is at least 16 pixels.
 OVERHANG = 1 / 8
 CELL = 16
 
@@ -26,8 +27,8 @@ Corner = tuple[int, int]  # left and top of a crop in its canvas
 
 @dataclass(frozen=True)
 class Canvases:
-    """Hold what the canvas of a sample depends on besides its number: all that is drawn is a
-    function of (version, seed, number)."""
+    """The settings on which the canvas of a sample depends, besides its number; everything drawn is
+    a function of (version, seed, number)."""
 
     sizes: tuple[Size, ...]
     preprocess: PreprocessConfig
@@ -35,8 +36,8 @@ class Canvases:
 
     @staticmethod
     def of(manifest: CacheManifest, preprocess: PreprocessConfig, recipe: Recipe) -> Canvases:
-        """Return the canvases of a cache; all samples have the recipe's size unless it is bucketed.
-        ValueError: its sizes are not listed."""
+        """Return the canvases of a cache; unless it is bucketed, all samples have the recipe's
+        size. ValueError if the manifest lists no sizes."""
         if not manifest.bucketed:
             return Canvases(((recipe.width, recipe.height),), preprocess, recipe.seed)
         if not manifest.sizes:
@@ -44,11 +45,11 @@ class Canvases:
                 "bucketing.strategy is pixel_budget, which gives a source a size of its own, and"
                 " generated samples have no source; set strategy: closest_ar with bucketing.buckets"
             )
-        # in the manifest they stand as in the config, where their order means nothing
+        # the manifest has the order of the config, which must not matter
         return Canvases(tuple(sorted(manifest.sizes)), preprocess, recipe.seed)
 
     def size(self, index: int) -> Size:
-        """Return the size of the items of sample `index`: each size is as likely."""
+        """Return the size of the items of sample `index`; all sizes are equally likely."""
         if len(self.sizes) == 1:
             return self.sizes[0]
         return self.sizes[int(self._uniform("size", index) * len(self.sizes))]
@@ -65,8 +66,8 @@ class Canvases:
         return width, height + extra
 
     def corners(self, index: int) -> dict[int, Corner]:
-        """Return where the crops of sample `index` begin, by their number, without those that
-        repeat an earlier one."""
+        """Return the corners (left, top) of the crops of sample `index` by their number, without
+        crops that repeat an earlier one."""
         if self.preprocess.crop == "center":
             return {0: (0, 0)}
         canvas, size = self.canvas(index), self.size(index)
@@ -84,8 +85,8 @@ class Canvases:
         return [ids[crop] for crop in self.corners(index)]
 
     def sources(self, index: int) -> list[dict]:
-        """Return what is stored of each of these items: the crop, as of a picture that was read;
-        nothing of a whole canvas."""
+        """Return the stored source of each of these items: the crop, in the form of a picture that
+        was read; empty if the item shows the whole canvas."""
         canvas, (width, height) = self.canvas(index), self.size(index)
         if canvas == (width, height):
             return [{}]
@@ -97,7 +98,8 @@ class Canvases:
         ]
 
     def describe(self) -> dict:
-        """Return what `moving_shapes.json` says of the canvases, beside the manifest."""
+        """Return the entries of `moving_shapes.json` about canvases that the manifest does not
+        hold."""
         return {"overhang": OVERHANG} if self.preprocess.crop == "shifted" else {}
 
     def _uniform(self, purpose: str, index: int) -> float:
@@ -105,5 +107,5 @@ class Canvases:
 
 
 def sample_id(index: int) -> str:
-    """Return the id of a sample, as metadata and caches name it."""
+    """Return the id of a sample in metadata and caches."""
     return f"{index:06d}"

@@ -1,4 +1,4 @@
-"""A stream of choices, as captions and scenes are made of."""
+"""Keyed sequences of random choices, for captions and scenes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from mmdit.rng import key
 
 
 class Choices:
-    """A stream of choices keyed by what it makes: no choice depends on another stream."""
+    """A sequence of random choices, keyed by `parts`: sequences with different keys are
+    independent."""
 
     def __init__(self, *parts: object):
         self.parts, self.drawn = parts, 0

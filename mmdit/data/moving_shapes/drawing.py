@@ -1,7 +1,7 @@
-"""The draw of sample `i`: what it shows, and where.
+"""Draw the facts of sample `i`: what it shows, and where.
 
-A sample is a function of (version, seed, index) alone: any order of workers and any subset gives
-the same facts. Axes: n samples, c candidates of an arrangement, s objects.
+A sample is a function of (version, seed, index) alone: any order of workers and any subset of
+samples give the same facts. Axes: n samples, c candidate arrangements, s objects.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from mmdit.rng import Draws, key
 COUNTS: dict[str, tuple[int, ...]] = dict.fromkeys(TASKS, (2, 3))  # of objects
 COUNTS |= {"single": (1,), "counting": (2, 3, 4), "colors": (1,)}
 MOST = max(max(counts) for counts in COUNTS.values())
-CROWD = {3: 0.85, 4: 0.75}  # the radius of so many objects / that of one alone
+CROWD = {3: 0.85, 4: 0.75}  # the radius of so many objects, relative to that of a single one
 CANDIDATES = 64  # arrangements that are tried at once
-SLOPE = math.tan(math.radians(30))  # the farthest that a stated relation is from its axis
+SLOPE = math.tan(math.radians(30))  # the largest slope to its axis at which a relation is stated
 
 
 def draw(
@@ -59,12 +59,12 @@ def draw(
     task: str | None = None,
 ) -> list[Facts]:
     """Return the facts of the samples `indices`. `split`: `train` never shows a held-out
-    combination; `held_out` of variant `one` only held-out (colour, shape) pairs, of `many` scenes
-    that show a held-out combination of their task and of no other. `task`: of `many`, the task of
-    every scene; None draws it.
+    combination; `held_out` of variant `one` shows only held-out (colour, shape) pairs, and that of
+    `many` scenes with a held-out combination of their task and of no other task. `task`: for
+    `many`, the task of every scene; None draws one for each.
 
-    For one object the named attributes do not depend on the canvas; `width / height` only scales
-    the range of positions."""
+    For a single object, the named attributes do not depend on the canvas; `width / height` only
+    scales the range of positions."""
     check_canvas(width, height)
     check_choice("split", split, SPLITS)
     check_choice("variant", variant, VARIANTS)
@@ -105,7 +105,8 @@ def _draw_many(
     result: list[Facts | None] = [None] * len(indices)
     words = [_words(stream, index, task, split) for index in indices.tolist()]
     pending, attempt = list(range(len(indices))), 0
-    # sizes and motions that no arrangement fits are drawn again, from the next attempt's key
+    # if no arrangement fits sizes and motions, these are drawn again, with the key of the next
+    # attempt
     while pending:
         scenes = [_changed(words[k], stream, int(indices[k]), attempt, video) for k in pending]
         draws = Draws(stream, attempt, indices[pending])
@@ -123,7 +124,7 @@ def _draw_many(
 
 @dataclass(frozen=True)
 class _Scene:
-    """Hold what a scene shows, without where: `(color, shape, size, motion)` of each object."""
+    """The contents of a scene without positions: `(color, shape, size, motion)` of each object."""
 
     task: str | None
     background: str
@@ -131,12 +132,13 @@ class _Scene:
 
     @property
     def scale(self) -> float:
-        """Return the radius of its objects / that of one alone."""
+        """Return the radius of its objects relative to that of a single object."""
         return CROWD.get(len(self.objects), 1.0)
 
 
 def _words(stream: int, index: int, task: str | None, split: str) -> _Scene:
-    """Return the scene of a sample, all small and still: its words are of the split."""
+    """Return the scene of a sample with all objects small and still; its words belong to the
+    split."""
     numbers = Random(key("words", stream, index))
     task = task or _pick(numbers, TASKS)
     count = _pick(numbers, COUNTS[task])
@@ -153,7 +155,7 @@ def _words(stream: int, index: int, task: str | None, split: str) -> _Scene:
 
 
 def _changed(scene: _Scene, stream: int, index: int, attempt: int, video: bool) -> _Scene:
-    """Return a scene with sizes, and in clips motions, that are drawn anew at each attempt."""
+    """Return the scene with sizes, and in clips motions, which are drawn anew at each attempt."""
     numbers = Random(key("changes", stream, index, attempt))
     count = len(scene.objects)
     sizes = ["small"] * count
@@ -174,13 +176,15 @@ def _pick(numbers: Random, options: Iterable):
 
 
 def _some(numbers: Random, options: Iterable, count: int) -> list:
-    """Return `count` different options, in any order."""
+    """Return `count` different options, in random order."""
     return sorted(options, key=lambda _: numbers.random())[:count]
 
 
 def _is_of(split: str, task: str, held: frozenset, stated: frozenset) -> bool:
-    """Return whether a scene that shows held-out combinations of the tasks `held`, and states those
-    of `stated`, is of the split: in `train` there are none, in `held_out` none of other tasks."""
+    """Return whether a scene belongs to the split. `held`: the tasks of which it shows held-out
+    combinations; `stated`: those of which its caption states them. In `train` there must be none;
+    in `held_out` the scene's own task must be stated, and no other may be held (colors and
+    attribution count as one)."""
     if split == "train":
         return not held
     alike = {"colors", "attribution"} if task in ("colors", "attribution") else {task}
@@ -188,7 +192,7 @@ def _is_of(split: str, task: str, held: frozenset, stated: frozenset) -> bool:
 
 
 def _facts_are_of(split: str, facts: Facts) -> bool:
-    held = facts.held_out  # with the relations of all pairs, of which a caption states some
+    held = facts.held_out  # includes relations of all pairs, of which a caption states only some
     stated = held if facts.said & HELD_OUT_OF_TASKS["position"] else held - {"position"}
     return _is_of(split, facts.task or "", held, stated)
 
@@ -200,8 +204,8 @@ def _below(draws: Draws, purpose: str, count: int, *shape: int) -> np.ndarray:
 def _places(
     draws: Draws, scenes: list[_Scene], shape: tuple[int, int], canvas: tuple[float, float]
 ) -> dict[str, np.ndarray]:
-    """Return the numbers of every arrangement and object, `shape` (c, s) of them: arrays `(n, c, s,
-    …)`. What is beyond the objects of a scene means nothing."""
+    """Return the numbers of all arrangements and objects, `shape` being (c, s), as arrays `(n, c,
+    s, …)`. Values beyond the objects of a scene have no meaning."""
     drawn = draws.uniform("radius", *shape).double().numpy()
     low, high, reach = np.ones((3, len(scenes), 1, shape[1]))
     velocity = np.zeros((len(scenes), 1, shape[1], 2))
@@ -226,8 +230,8 @@ def _places(
 
 
 def _arranged(places: dict[str, np.ndarray], scenes: list[_Scene]) -> np.ndarray:
-    """Return `(n, c)`: whether the objects never come nearer than GAP, and where the relations are
-    the task each object has, all the time, one and the same place as seen from the next."""
+    """Return `(n, c)`: whether objects never come nearer to each other than GAP and, in scenes
+    about relations, whether each object keeps the same relation to the next one all the time."""
     start, velocity, reach = places["start"], places["velocity"], places["reach"]
     fits = np.ones(start.shape[:2], bool)
     count = np.array([len(scene.objects) for scene in scenes])[:, None]
@@ -239,7 +243,7 @@ def _arranged(places: dict[str, np.ndarray], scenes: list[_Scene]) -> np.ndarray
         )
         # objects that move alike keep their distance
         square = np.maximum((drift**2).sum(-1), 1e-12)
-        closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # the time of it
+        closest = np.clip(-(offset * drift).sum(-1) / square, 0, 1)  # time of least distance
         distance = np.sqrt(((offset + closest[..., None] * drift) ** 2).sum(-1))
         fits &= (distance >= reach[..., a] + reach[..., b] + GAP) | (count <= b)
         if b == a + 1:
@@ -249,8 +253,8 @@ def _arranged(places: dict[str, np.ndarray], scenes: list[_Scene]) -> np.ndarray
 
 
 def _clear_of_diagonals(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Return whether two ways `(…, 2)` are along the same direction of an axis, up to SLOPE; all
-    ways between them are, too."""
+    """Return whether two vectors `(…, 2)` point along the same direction of the same axis, up to
+    SLOPE; then all vectors between them do."""
     clear = np.zeros(first.shape[:-1], bool)
     for direction in RELATIONS.values():
         within = [

@@ -1,8 +1,8 @@
-"""Define what a sample of the moving-shapes data set shows: the vocabulary, and the combinations of
-words that are held out of training.
+"""Define what a sample of the moving-shapes data set can show: the vocabulary, and the combinations
+of words that are held out of training.
 
-Lengths are in units of S, the short side of the canvas, so that facts drawn for one size hold at
-every size of the same aspect ratio. `x` grows to the right and `y` downwards.
+Lengths are in units of S, the short side of the canvas, so that facts drawn for one size are valid
+at every size of the same aspect ratio. `x` grows to the right and `y` downwards.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ BACKGROUNDS = {
     "brown": (95, 60, 35),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-# over the radius: half side, inner radius, width of the ring, half width of an arm
+# relative to the radius: half side, inner radius, width of the ring, half width of an arm
 SQUARE, INNER_STAR, RING, CROSS = 0.86, 0.42, 0.56, 0.33
 SIZES = {"small": (0.16, 0.18), "large": (0.25, 0.30)}  # radius / S
 MOTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ATTRIBUTES = ("color", "shape", "size", "background", "motion")
-# Where the first of two objects is, as seen from the second.
+# The direction of the first of two objects, as seen from the second.
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 TRAVEL = 0.38  # path of a moving object / S
 MARGIN = 0.01  # between an object's bounding circle and the edge of the canvas / S
 GAP = 0.05  # between the circles that hold two objects / S
-# the farthest corner / radius, where not 1
+# the distance of the farthest corner, relative to the radius, where it is not 1
 REACH = {"square": math.hypot(SQUARE, SQUARE), "cross": math.hypot(1, CROSS)}
 JITTER = 6  # of an object's colour, per channel, of 255
 
-# One pair a shape and a colour at most once each (a Latin diagonal): every word is seen in
-# training, these pairs never.
+# One pair for each of the shapes, and none for two shapes of one colour (a Latin diagonal):
+# training shows every word, but never these pairs.
 HELD_OUT = tuple(zip(("red", "green", "blue", "yellow", "purple", "cyan"), SHAPES, strict=True))
 TRAIN = tuple(
     (color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT
 )
 SPLITS = {"train": TRAIN, "held_out": HELD_OUT}
-VARIANTS = {"one": VERSION, "many": 2}  # and the version of what they draw
+VARIANTS = {"one": VERSION, "many": 2}  # and the version of the drawing code
 
-# The tasks of GenEval, and what their captions state besides background and motion.
+# The tasks of GenEval, and what their captions state in addition to background and motion.
 TASKS = {
     "single": ("count", "shape"),
     "two": ("count", "shape"),
@@ -64,8 +64,9 @@ TASKS = {
     "position": ("count", "shape", "position"),
     "attribution": ("count", "shape", "color"),
 }
-# A scene of `many` shows these combinations only where its task is tested on them. `two` has both
-# shapes, in the order of SHAPES; `position` the first left of the second, or above it.
+# The held-out combinations, which a scene of `many` shows only if its task is tested on them. Those
+# of `two` are both shapes, in the order of SHAPES; those of `position` have the first shape left of
+# the second, or above it.
 _NEXT = (*SHAPES, *SHAPES)
 HELD_OUT_OF_TASKS: dict[str, frozenset[tuple]] = {
     "single": frozenset(zip((*BACKGROUNDS, *BACKGROUNDS), SHAPES, strict=False)),
@@ -80,13 +81,13 @@ HELD_OUT_OF_TASKS: dict[str, frozenset[tuple]] = {
 
 @dataclass(frozen=True)
 class Object:
-    """Hold one shape: its named attributes, and what was drawn for it. `(x, y)` is its centre in
-    the first frame."""
+    """One shape: its named attributes, and the numbers drawn for it. `(x, y)` is its centre in the
+    first frame."""
 
     color: str
     shape: str
     size: str
-    motion: str | None  # None: an image
+    motion: str | None  # None in an image
     x: float
     y: float
     radius: float
@@ -98,15 +99,16 @@ class Object:
         return dx * TRAVEL, dy * TRAVEL
 
     def offset(self, other: Object, time: float) -> tuple[float, float]:
-        """Return the way from `other` to this object at a time from 0, the first frame, to 1."""
+        """Return the vector from `other` to this object at a time from 0 (first frame) to 1 (last
+        frame)."""
         (dx, dy), (other_dx, other_dy) = self.velocity(), other.velocity()
         x = self.x - other.x + time * (dx - other_dx)
         return x, self.y - other.y + time * (dy - other_dy)
 
 
 def relation_of(x: float, y: float) -> str:
-    """Return the relation of an object at `(x, y)` as seen from another: it is the one whose axis
-    has the longer part of the way."""
+    """Return the relation of an object to another one from which it is at `(x, y)`: along the axis
+    with the longer component."""
     if abs(x) > abs(y):
         return "left" if x < 0 else "right"
     return "above" if y < 0 else "below"
@@ -114,8 +116,8 @@ def relation_of(x: float, y: float) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold one sample: one object, or one to four that never touch and a task that says what its
-    caption states (variant `many`)."""
+    """The facts of one sample: one object; or, in variant `many`, one to four objects that never
+    touch, and a task that decides what the caption states."""
 
     background: str
     objects: tuple[Object, ...]
@@ -123,7 +125,7 @@ class Facts:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """Return the names that a complete caption of this sample states."""
+        """Return the names of the attributes that a complete caption of this sample states."""
         if self.task is None:
             return ATTRIBUTES if self.objects[0].motion is not None else ATTRIBUTES[:-1]
         moving = () if self.objects[0].motion is None else ("motion",)
@@ -131,22 +133,22 @@ class Facts:
 
     @property
     def relations(self) -> tuple[str, ...]:
-        """Return where each object is as seen from the next one, all the time, if that is the
-        task."""
+        """Return the relation of each object to the next one, which holds all the time, if
+        relations are the task; else an empty tuple."""
         if self.task != "position":
             return ()
         return tuple(relation_of(*a.offset(b, 0)) for a, b in pairwise(self.objects))
 
     @property
     def said(self) -> frozenset[tuple[str, str, str]]:
-        """Return the relations of shapes, each with the word left or above."""
+        """Return the stated relations of shapes, each in the form with "left" or "above"."""
         shapes = [item.shape for item in self.objects]
         stated = zip(shapes, self.relations, shapes[1:], strict=False)
         return frozenset(ordered(*words) for words in stated)
 
     @property
     def held_out(self) -> frozenset[str]:
-        """Return the tasks whose held-out combinations this sample shows at any time."""
+        """Return the tasks of which this sample shows a held-out combination at any time."""
         colored = [(item.color, item.shape) for item in self.objects]
         held = held_out_words(self.background, colored, self.task)
         for a, b in combinations(self.objects, 2):
@@ -180,7 +182,7 @@ class Facts:
 
 
 def ordered(first: str, relation: str, second: str) -> tuple[str, str, str]:
-    """Return what is said of two shapes with the words left and above alone."""
+    """Return the statement about two shapes in its form with "left" or "above"."""
     if relation in ("left", "above"):
         return first, relation, second
     return second, {"right": "left", "below": "above"}[relation], first
@@ -189,8 +191,8 @@ def ordered(first: str, relation: str, second: str) -> tuple[str, str, str]:
 def held_out_words(
     background: str, colored: list[tuple[str, str]], task: str | None
 ) -> frozenset[str]:
-    """Return the tasks whose held-out combinations objects of these `(color, shape)` show on a
-    background, wherever they are."""
+    """Return the tasks of which objects with these `(color, shape)` on a background show a held-out
+    combination, whatever their positions."""
     shapes = [shape for _, shape in colored]
     shown: dict[str, set[tuple]] = {
         "single": {(background, shape) for shape in shapes},
@@ -203,7 +205,7 @@ def held_out_words(
 
 
 def check_canvas(width: int, height: int) -> None:
-    """Refuse a canvas that the data set is not defined on."""
+    """Raise ValueError for a canvas size on which the data set is not defined."""
     for name, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             nearest = max(16, round(value / 16) * 16)
@@ -213,6 +215,6 @@ def check_canvas(width: int, height: int) -> None:
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a value that is none of the known ones."""
+    """Raise ValueError for a value that is not one of `known`."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}; must be one of {', '.join(known)}")

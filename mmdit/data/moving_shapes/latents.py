@@ -1,11 +1,11 @@
-"""Moving shapes straight into a latent cache: no pictures on disk between the renderer and the
+"""Moving shapes straight into a latent cache, without pictures on disk between renderer and
 tokenizer.
 
     [facts] ─► render ─► encode ─► [copy beside the next] ─► [captions ─► CacheWriter]
 
-A GPU is asked for the next samples while the last are copied and written: nothing here waits for
-it. What is in brackets is done beside it: of small items, which cost more Python than anything
-else, by processes, of large ones by threads.
+A GPU gets its next samples while the last ones are copied and written; nothing here waits for it.
+The parts in brackets run beside it: for small items, whose main cost is Python, in processes, and
+for large ones in threads.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from mmdit.data.moving_shapes.prepare import DESCRIPTION, Recipe, claim
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
-# rendered and encoded at once: enough to keep a GPU busy, and the writing threads
+# pixels that are rendered and encoded at once: enough to keep a GPU and the writing threads busy
 CHUNK_PIXELS = {"cpu": 1 << 24, "cuda": 1 << 26}
-HELPERS = 12  # processes at most: then the one that they help is the slowest
+HELPERS = 12  # processes, at most: with so many, the one that they help is the slowest
 DRAWN = 256  # samples drawn at a time by a helper
-AHEAD = 32  # portions of them that are drawn ahead
+AHEAD = 32  # such portions that are drawn in advance
 
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Makes what is stored beside the latents of some items, in the process that asks for it: the
-    one that writes them. `items`: the sample of each, all drawn at one size, and the number of its
-    crop."""
+    """Makes the data that is stored beside the latents of some items, in the process that reads it,
+    which is the one that writes the items. `items`: for each, the number of its sample (all drawn
+    at one size) and the number of its crop."""
 
     recipe: Recipe
     canvases: Canvases
@@ -73,9 +73,9 @@ def cache_moving_shapes(
     canvases: Canvases | None = None,
 ) -> int:
     """Cache samples 0 … count - 1 of `recipe` with the ids and captions of `prepare_samples`;
-    return how many were made (samples that are there are kept). `canvases`: their sizes and crops,
-    in place of the recipe's size. `prune`: take other items out. ValueError: the folder is a cache
-    made with other settings, or of another recipe."""
+    return how many were made (existing samples are kept). `canvases`: their sizes and crops, in
+    place of the recipe's size. `prune`: remove other items. ValueError if the folder is a cache
+    made with other settings, or from another recipe."""
     canvases = canvases or Canvases.of(manifest, PreprocessConfig(), recipe)
     recipe = _drawn_on(recipe, canvases.sizes[0])
     item_bytes = manifest.item_bytes(manifest.spec.frames(recipe.frames))
@@ -113,9 +113,9 @@ def _drawn_on(recipe: Recipe, canvas: Size) -> Recipe:
 
 
 def _check_samples(writer: CacheWriter, recipe: Recipe, canvases: Canvases, count: int) -> None:
-    """Refuse samples that are there if they are of another recipe, which an older cache has not
-    written down: a few are looked at, for nearly every sample of another seed or variant
-    differs, and half of the captions that may leave out facts."""
+    """Raise ValueError if the cache holds samples of another recipe. Older caches did not record
+    their recipe, so a few samples are compared: nearly every sample of another seed or variant
+    differs, and so do half of the captions that may leave out facts."""
     there = [i for i in range(count) if canvases.item_ids(i)[0] in writer.entries]
     frames = writer.manifest.spec.frames(recipe.frames)
     for i in sorted({*there[:8], *there[-8:]}):
@@ -140,8 +140,8 @@ def _encoded(
     device: torch.device | str,
     helpers: Executor | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the missing samples and the latents of their items, some at a time that are drawn at
-    one size and cut to one."""
+    """Yield the missing samples and the latents of their items, in groups that are drawn at one
+    size and cut to one size."""
     alike: dict[tuple[Size, Size], list[int]] = defaultdict(list)
     for i in missing:
         alike[canvases.canvas(i), canvases.size(i)].append(i)
@@ -160,7 +160,7 @@ def _encoded(
 
 
 def _cut(whole: Tensor, size: Size, canvases: Canvases, indices: list[int]) -> Tensor:
-    """Return the crops of the samples `whole (B, F, 3, H, W)`, one behind the other."""
+    """Return all crops of the samples `whole (B, F, 3, H, W)`, in order."""
     width, height = size
     if whole.shape[3:] == (height, width):
         return whole

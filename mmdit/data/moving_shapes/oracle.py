@@ -1,8 +1,8 @@
-"""Read what a picture or clip shows, from pixels alone: no labels, no network; and how often that
-is what was asked for.
+"""Recognise what a picture or clip shows from its pixels, without labels or a network, and measure
+how often it is what was asked for.
 
 Axes: b samples, f frames, h rows, w columns; s slots. With `one` object there is one slot, whatever
-its colour; with `many` a slot holds a connected component, followed from frame to frame.
+its colour; with `many`, a slot holds a connected component, followed from frame to frame.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ from mmdit.data.moving_shapes.facts import (
 from mmdit.data.moving_shapes.render import render
 from mmdit.pixels import to_uint8, to_unit
 
-CONTRAST = 0.16  # distance in RGB ([0, 1]) from the background that makes a pixel part of an object
-FULL = 0.9  # a mask that covers more of the canvas than this is no object
-OVERLAP = 0.6  # below it a mask is none of the shapes
-STILL = 0.10  # of S: a shorter displacement from the first frame to the last is none
-# of S: half way from the widest small shape to the narrowest large
+CONTRAST = 0.16  # RGB distance ([0, 1]) from the background at which a pixel belongs to an object
+FULL = 0.9  # share of the canvas above which a mask is not an object
+OVERLAP = 0.6  # with less, a mask is none of the shapes
+STILL = 0.10  # of S: a smaller displacement from the first frame to the last counts as none
+# in units of S: half way from the widest small shape to the narrowest large one
 SIDE_LIMIT = SIZES["small"][1] + SQUARE * SIZES["large"][0]
 PATCH = 40  # masks and templates are compared at PATCH x PATCH
-SMALLEST = 0.002  # of S²: a component below it is a speck
+SMALLEST = 0.002  # of S²: smaller components are specks
 CHUNK_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 24}
-SLOTS = 5  # of `many`: one more than there are objects, for then there is one too many
-LOST = 10.0  # longer than any way of an object from one frame to the next
+SLOTS = 5  # of `many`: one more than there can be objects, to see when there are too many
+LOST = 10.0  # larger than any distance between an object's places in two frames
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Hold indices into the vocabularies in the order of facts.py, `UNKNOWN` (−1) where nothing was
-    recognised."""
+    """Recognised values: indices into the vocabularies in the order of facts.py, `UNKNOWN` (−1)
+    where nothing was recognised."""
 
     background: Tensor  # (B,)
     present: Tensor  # (B, S) bool: slots that hold an object in every frame
-    stray: Tensor  # (B,) bool: an object that comes or goes
-    color: Tensor  # (B, S) and so the others
+    stray: Tensor  # (B,) bool: an object appears or vanishes
+    color: Tensor  # (B, S), like those below
     shape: Tensor
     size: Tensor
-    motion: Tensor | None  # None: a single frame
-    place: Tensor | None = None  # (B, F, S, 2): where objects are, in units of S
+    motion: Tensor | None  # None for single frames
+    place: Tensor | None = None  # (B, F, S, 2): centres of objects, in units of S
 
     def __len__(self) -> int:
         return len(self.background)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Predictions:
-        """Return what the function makes of every column that is there."""
+        """Return predictions with the function applied to every column that is not None."""
         columns: dict[str, Any] = {
             name: None if column is None else function(column)
             for name, column in vars(self).items()
@@ -85,7 +85,8 @@ class Predictions:
 
 @torch.no_grad()
 def oracle(pixels: Tensor, variant: str = "one") -> Predictions:
-    """Return what `pixels (B, F, 3, H, W)` in [0, 1] or uint8 show; motion for clips (F > 1)."""
+    """Return what `pixels (B, F, 3, H, W)`, in [0, 1] or uint8, show; motion only for clips (F >
+    1)."""
     check_choice("variant", variant, VARIANTS)
     if pixels.ndim != 5 or pixels.shape[2] != 3:
         raise ValueError(
@@ -109,10 +110,10 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
     backdrop = border.median(-1).values  # (n, 3)
     mask = (images - backdrop[..., None, None]).square_().sum(1) > CONTRAST**2  # (n, h, w)
     neighbours = F.avg_pool2d(mask[:, None].float(), 3, 1, 1, count_include_pad=False)[:, 0]
-    mask &= neighbours > 0.4  # single pixels of noise go, corners of shapes stay
+    mask &= neighbours > 0.4  # removes single pixels of noise, but not corners of shapes
     masks = mask[:, None] if variant == "one" else _largest(mask)
     slots = masks.shape[1]
-    # only the slots that hold something are looked at
+    # measure only the slots that hold something
     image, slot = masks.flatten(2).any(-1).nonzero(as_tuple=True)
     measured = _measure(images[image], backdrop[image], masks[image, slot], side)
 
@@ -143,10 +144,10 @@ def _look(pixels: Tensor, variant: str) -> Predictions:
 
 
 def _measure(images: Tensor, backdrop: Tensor, masks: Tensor, side: int) -> tuple[Tensor, ...]:
-    """Return what is under each mask `(n, h, w)`: whether it is an object, its colour, overlap with
-    the shapes, longer side and centre in S."""
-    # The object's colour is in its interior; the edge of its mask lies half way between that colour
-    # and the background's.
+    """Return measurements for each mask `(n, h, w)`: whether it is an object, its colour, its
+    overlap with the shapes, its longer side and its centre in units of S."""
+    # The object's colour is measured in its interior. The edge of its mask is where the colour is
+    # half way between that colour and the background's.
     color = _masked_median(images, _eroded(masks))
     axis = color - backdrop
     half_way = ((color + backdrop) / 2 * axis).sum(-1)
@@ -169,15 +170,15 @@ def _nearest(color: Tensor, names: dict[str, tuple[int, int, int]]) -> Tensor:
 
 
 def _eroded(mask: Tensor) -> Tensor:
-    """Return the mask without its outermost pixels, or itself where nothing would be left."""
+    """Return the mask without its outermost pixels, or the mask itself if nothing would be left."""
     inner = -F.max_pool2d(-mask[:, None].float(), 3, 1, 1)[:, 0] > 0.5
     return torch.where(inner.flatten(1).any(1)[:, None, None], inner, mask)
 
 
 def _masked_median(images: Tensor, mask: Tensor) -> Tensor:
-    """Return the median over the mask, per channel, `(n, 3)`, from counts in 256 bins; 0 where the
-    mask is empty."""
-    stride = max(1, min(mask.shape[1:]) // 64)  # some thousands of pixels are enough
+    """Return the median over the mask for each channel, `(n, 3)`, computed from counts in 256 bins;
+    0 where the mask is empty."""
+    stride = max(1, min(mask.shape[1:]) // 64)  # some thousands of pixels suffice
     images, mask = images[..., ::stride, ::stride], mask[..., ::stride, ::stride]
     bins = to_uint8(images).long() + 256 * torch.arange(3, device=images.device)[:, None, None]
     counts = images.new_zeros(len(images), 3 * 256)
@@ -199,9 +200,9 @@ def _largest(mask: Tensor) -> Tensor:
 
 
 def _followed(holds: Tensor, color: Tensor, *others: Tensor) -> list[Tensor]:
-    """Return what was measured of the slots of every frame, `(b, f, s, …)`, with each object in
-    the slot that it has in the first frame: those of the next frame are given to those of the last
-    so that all together go the shortest way, and keep their colours."""
+    """Return the measurements of all frames' slots, `(b, f, s, …)`, with each object in the slot
+    that it has in the first frame. The slots of each frame are matched to those of the frame before
+    so that the sum of the distances of places and colours is least."""
     looks = [x.clone() for x in (holds, color, *others)]
     holds, color, *_, centre = looks
     orders = torch.tensor(list(permutations(range(SLOTS))), device=holds.device)
@@ -241,7 +242,7 @@ def _components(mask: Tensor) -> Tensor:
 
 
 def _runs(mask: Tensor) -> Tensor:
-    """Return the number of the horizontal run that a pixel belongs to; 0 outside the mask."""
+    """Return the number of the horizontal run that each pixel belongs to; 0 outside the mask."""
     starts = mask & ~F.pad(mask, (1, 0))[..., :-1]
     return starts.flatten(1).cumsum(1).reshape(mask.shape) * mask
 
@@ -253,7 +254,7 @@ def _spread(label: Tensor, runs: Tensor) -> Tensor:
 
 
 def _box(mask: Tensor) -> Tensor:
-    """Return left, right, top, bottom of the mask, `(n, 4)` in pixels; right and bottom are
+    """Return left, right, top and bottom of the mask in pixels, `(n, 4)`; right and bottom are
     exclusive."""
     sides = []
     for line in (mask.any(1), mask.any(2)):  # columns, then rows
@@ -265,7 +266,8 @@ def _box(mask: Tensor) -> Tensor:
 
 
 def _cut(mask: Tensor, box: Tensor) -> Tensor:
-    """Return the mask within its box, scaled to `(n, PATCH, PATCH)`; soft at the edge."""
+    """Return the part of the mask within its box, scaled to `(n, PATCH, PATCH)`, with soft
+    edges."""
     height, width = mask.shape[-2:]
     steps = (torch.arange(PATCH, device=mask.device) + 0.5) / PATCH
     x = (box[:, :1] + steps * (box[:, 1:2] - box[:, :1])) * 2 / width - 1
@@ -277,7 +279,7 @@ def _cut(mask: Tensor, box: Tensor) -> Tensor:
 
 
 def _overlap(mask: Tensor, box: Tensor) -> Tensor:
-    """Return the intersection over union of the cut mask and each shape's best template, `(n,
+    """Return the intersection over union of the cut mask and the best template of each shape, `(n,
     shapes)`."""
     patch = (_cut(mask, box) > 0.5).float().flatten(1)
     known = _templates(mask.device)
@@ -287,22 +289,22 @@ def _overlap(mask: Tensor, box: Tensor) -> Tensor:
 
 @lru_cache
 def _templates(device: torch.device) -> Tensor:
-    """Return `(shapes, renderings, PATCH²)`: each shape as drawn at several sizes, for a few pixels
-    change what a box cuts out."""
+    """Return `(shapes, renderings, PATCH²)`: each shape drawn at several sizes, because a few
+    pixels change what its box cuts out."""
     rows = []
     for shape in SHAPES:
         views = []
         for radius, offset in ((0.16, 0.5), (0.17, 0.503), (0.25, 0.5), (0.27, 0.503), (0.45, 0.5)):
             item = Object("white", shape, "small", None, offset, offset, radius, (255, 255, 255))
             picture = render([Facts("black", (item,))], 64, 64)
-            mask = picture[:, 0, 0] > 133  # half way up from the background
+            mask = picture[:, 0, 0] > 133  # half way from the background to white
             views.append((_cut(mask, _box(mask)) > 0.5).float().flatten())
         rows.append(torch.stack(views))
     return torch.stack(rows).to(device)
 
 
 def _centroid(mask: Tensor) -> Tensor:
-    """Return the centre of the mask, `(n, 2)`: (x, y) in pixels."""
+    """Return the centre of the mask as (x, y) in pixels, `(n, 2)`."""
     weight = mask.float()
     total = weight.sum((1, 2)).clamp(min=1)
     x = (weight.sum(1) * torch.arange(mask.shape[2], device=mask.device)).sum(-1) / total
@@ -311,8 +313,8 @@ def _centroid(mask: Tensor) -> Tensor:
 
 
 def _motion(path: Tensor) -> Tensor:
-    """Return the motion `(b, s)` of centroids `path (b, f, s, 2)`, in units of S, by the
-    least-squares displacement from the first frame to the last."""
+    """Return the motion `(b, s)` of centres with the paths `path (b, f, s, 2)`, in units of S, from
+    the least-squares displacement between the first frame and the last."""
     time = torch.linspace(-0.5, 0.5, path.shape[1], device=path.device)
     shift = torch.einsum("f,bfsd->bsd", time, path) / (time**2).sum()
     x, y = shift.unbind(-1)
@@ -332,12 +334,12 @@ JUDGED = ("count", "color", "shape", "size", "position", "background", "motion")
 
 
 def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Tensor]:
-    """Return bool `(B,)` per attribute: right for every object of the sample; and `all`: every
-    attribute of the sample is right. A canvas with something besides the objects is wrong in
-    `all`.
+    """Return bool `(B,)` for each attribute: whether it is right for every object of the sample;
+    and for `all`: whether every attribute of the sample is right. If the canvas shows anything else
+    besides the objects, `all` is wrong.
 
-    Which object of the picture is which of the facts is decided in favour of the picture: so that
-    the most of what the caption states is right, shapes before the others."""
+    Objects in the picture are assigned to those of the facts in favour of the picture: so that most
+    of what the caption states is right, shapes before other attributes."""
     if len(predictions) != len(facts):
         raise ValueError(
             f"{len(predictions)} predictions for {len(facts)} facts; there must be one each"
@@ -362,10 +364,11 @@ def score_samples(predictions: Predictions, facts: list[Facts]) -> dict[str, Ten
 
 
 def _verdict(seen: dict[str, Any], item: Facts) -> dict[str, bool]:
-    """Return for each attribute whether what is seen of a sample agrees with its facts."""
+    """Return for each attribute whether the recognised values `seen` of a sample agree with its
+    facts."""
     count = len(item.objects)
     slots = sorted(range(len(seen["present"])), key=lambda slot: not seen["present"][slot])
-    slots = slots[: max(count, sum(seen["present"]))]  # empty ones where objects are missing
+    slots = slots[: max(count, sum(seen["present"]))]  # includes empty slots if objects are missing
     best: dict[str, bool] = {}
     most = (-1, False)
     for chosen in permutations(slots, min(count, len(slots))):
@@ -385,7 +388,7 @@ def _verdict(seen: dict[str, Any], item: Facts) -> dict[str, bool]:
 
 
 def _is_placed(seen: dict[str, Any], item: Facts, chosen: tuple[int, ...]) -> bool:
-    """Return whether the relations of the facts hold between the chosen slots in every frame."""
+    """Return whether the relations in the facts hold between the chosen slots in every frame."""
     for (a, b), relation in zip(pairwise(chosen), item.relations):
         if not (seen["present"][a] and seen["present"][b]):
             return False
@@ -397,8 +400,8 @@ def _is_placed(seen: dict[str, Any], item: Facts, chosen: tuple[int, ...]) -> bo
 
 
 def accuracy(predictions: Predictions, facts: list[Facts]) -> dict:
-    """Return `{"prompt_accuracy": rate, "attributes": {name: rate}}`; an attribute is counted over
-    the samples that have it."""
+    """Return `{"prompt_accuracy": rate, "attributes": {name: rate}}`; each attribute is counted
+    over the samples that have it."""
     right = score_samples(predictions, facts)
     attributes = {}
     for name in JUDGED:
@@ -422,8 +425,8 @@ def rate(right: Tensor) -> dict:
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share from `correct` of `count` (Wilson, 1927); (0, 1) where
-    nothing was counted."""
+    """Return the 95 % interval of the share `correct` of `count` (Wilson, 1927); (0, 1) if `count`
+    is 0."""
     if count == 0:
         return 0.0, 1.0
     z = 1.96

@@ -1,4 +1,5 @@
-"""Moving shapes on disk: pictures or frame folders, and the metadata lines that caching reads."""
+"""Write moving shapes to disk: pictures or folders of frames, and the metadata lines that caching
+reads."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ from mmdit.files import clean, open_atomically, read_text, replace_folder, write
 
 DESCRIPTION = "moving_shapes.json"
 METADATA = ("train_images.jsonl", "train_videos.jsonl")
-CHUNK_FRAMES = 512  # a worker's portion
-FRAMES_PER_WORKER = 8192  # below it a second process costs more than it saves
+CHUNK_FRAMES = 512  # frames in a worker's portion
+FRAMES_PER_WORKER = 8192  # with fewer, a second process costs more than it saves
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold what sample `i` on disk depends on. A folder holds one recipe; the number of samples is
-    not part of it, so a folder can grow."""
+    """The settings on which sample `i` on disk depends. A folder holds samples of one recipe; their
+    number is not part of it, so a folder can grow."""
 
     width: int
     height: int
@@ -44,7 +45,7 @@ class Recipe:
     seed: int = 0
     split: str = "train"
     variant: str = "one"
-    complete_captions: bool = False  # also those for training
+    complete_captions: bool = False  # also in the split for training
     version: int = field(init=False)
 
     def __post_init__(self):
@@ -59,8 +60,8 @@ class Recipe:
 
     @property
     def complete(self) -> bool:
-        """Return whether captions state everything; those for training drop facts now and then,
-        unless they are asked to be complete."""
+        """Return whether captions state everything. Those for training leave out facts at random,
+        unless complete ones are asked for."""
         return self.complete_captions or self.split != "train"
 
     def draw(self, indices: Iterable[int]) -> list[Facts]:
@@ -80,19 +81,19 @@ class Recipe:
         return render(facts, self.width, self.height, self.frames, device)
 
     def words(self, index: int, facts: Facts) -> tuple[str, dict]:
-        """Return the caption of sample `index`, and its facts as a metadata line holds them."""
+        """Return the caption of sample `index`, and its facts in the form of a metadata line."""
         given = (facts, self.seed, index, self.complete)
         return caption(*given), facts.to_json() | {"named": sorted(named_attributes(*given))}
 
 
 def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: int = 0) -> Path:
-    """Write samples 0 … count − 1; return the path of the metadata, which is written last and
-    whole.
+    """Write samples 0 … count − 1; return the path of the metadata file, which is written last and
+    at once.
 
     `frames == 1`: `images/<id>.png` and `train_images.jsonl`; more: `frames/<id>/0000.png …` and
     `train_videos.jsonl`. Paths in the metadata are relative to it. Finished samples of the same
-    recipe are kept, so an interrupted run goes on where it was. `workers`: processes; 0 takes as
-    many as pay off.
+    recipe are kept, so an interrupted run continues where it stopped. `workers`: the number of
+    processes; 0 takes as many as pay off.
     """
     if count < 1:
         raise ValueError(f"count is {count}; must be at least 1")
@@ -120,8 +121,8 @@ def prepare_samples(out_dir: str | Path, recipe: Recipe, count: int, workers: in
 
 
 def _in_processes(work, chunks: list[range], workers: int):
-    # A fork is unsafe once torch has started threads; a server of forks, which has not, imports
-    # torch once for all of them. Windows has none.
+    # Forking is unsafe once torch has started threads. A fork server has none, and imports torch
+    # once for all processes. Windows has no fork server.
     servers = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if servers else "spawn")
     if servers:
@@ -133,8 +134,8 @@ def _in_processes(work, chunks: list[range], workers: int):
 
 
 def claim(out_dir: Path, recipe: Recipe, further: dict | None = None) -> None:
-    """Record the recipe, and what `further` decides the samples, in a new folder; ValueError where
-    the folder holds samples of another one."""
+    """Record the recipe, and further settings that decide the samples, in a new folder. ValueError
+    if the folder holds samples with other ones."""
     path = out_dir / DESCRIPTION
     wanted = asdict(recipe) | (further or {})
     if path.exists():
@@ -143,7 +144,7 @@ def claim(out_dir: Path, recipe: Recipe, further: dict | None = None) -> None:
         except ValueError:
             stored = {}
         stored = stored if isinstance(stored, dict) else {}
-        stored = {"complete_captions": False} | stored  # folders older than this setting
+        stored = {"complete_captions": False} | stored  # for folders older than this setting
         names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
         if names:
             differences = ", ".join(

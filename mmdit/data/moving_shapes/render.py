@@ -1,8 +1,8 @@
-"""Facts to pixels, batched. Axes: n samples, f frames, h rows, w columns; distances in pixels,
-negative inside a shape.
+"""Render facts to pixels, in batches. Axes: n samples, f frames, h rows, w columns; distances are
+in pixels, negative inside a shape.
 
-Every shape is a signed distance field; coverage falls linearly from 1 to 0 over the one pixel round
-its edge. Values are whole numbers of 255, so a PNG holds a frame exactly.
+Every shape is a signed distance field; coverage falls linearly from 1 to 0 over one pixel across
+its edge. Values are whole numbers of 255, so a PNG stores a frame exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mmdit.data.moving_shapes.facts import (
     check_canvas,
 )
 
-# a shape's fields that stay in the cache, or in a small part of the memory
+# pixels rendered at once: a shape's fields then fit into the CPU's cache, or a small part of GPU
+# memory
 CHUNK_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
@@ -35,8 +36,8 @@ def render(
     device: torch.device | str = "cpu",
     fraction: float = 0.5,
 ) -> Tensor:
-    """Return uint8 `(B, F, 3, height, width)`. Frame f of F stands at `f / (F - 1)` of the motion;
-    a single frame at `fraction`."""
+    """Return uint8 `(B, F, 3, height, width)`. Frame f of F shows the motion at `f / (F - 1)`; a
+    single frame shows it at `fraction`."""
     check_canvas(width, height)
     if frames < 1:
         raise ValueError(f"frames is {frames}; must be at least 1")
@@ -48,8 +49,8 @@ def render(
         else torch.full((1,), fraction, device=device)
     )
     chunk = max(1, CHUNK_PIXELS.get(device.type, 1 << 19) // (frames * width * height))
-    # Samples with the same shapes are drawn together, so that each chunk evaluates one field per
-    # object and nothing is wasted.
+    # Samples with the same shapes are rendered together, so that each chunk evaluates one field for
+    # each object and nothing is wasted.
     alike: dict[tuple[str, ...], list[int]] = {}
     for i, item in enumerate(facts):
         alike.setdefault(tuple(shape.shape for shape in item.objects), []).append(i)
@@ -62,8 +63,8 @@ def render(
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return values of the CPU on a device, without a wait for what a GPU was asked to do before:
-    it would stand still while it is asked for the next."""
+    """Copy CPU values to a device without waiting for the work that a GPU has queued; waiting would
+    leave it idle afterwards."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
@@ -90,7 +91,8 @@ def _render_alike(facts: list[Facts], width: int, height: int, times: Tensor) ->
 
 
 def _numbers(objects: tuple[Object, ...]) -> tuple[float, ...]:
-    """Return place, path and radius in units of S, and the colour, of one object after another."""
+    """Return place, displacement and radius in units of S, and the colour, for one object after the
+    other."""
     numbers: tuple[float, ...] = ()
     for item in objects:
         numbers += (item.x, item.y, *item.velocity(), item.radius, *item.rgb)
@@ -117,28 +119,29 @@ def _cross(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def _triangle(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Upright and equilateral: its base is half a radius below the centre."""
+    """Return the distance to an upright equilateral triangle with its base half a radius below the
+    centre."""
     slope = x.abs() * math.cos(math.radians(30)) - y * math.sin(math.radians(30))
     return torch.maximum(slope, y) - radius / 2
 
 
 def _star(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Five points, one upwards: mirrors fold the plane into a tenth of the star, where its edge is
-    one straight line."""
-    x, y = x.abs(), -y  # y upwards; the angle from it now lies in [0°, 180°]
+    """Return the distance to a star with five points, one of them upwards: mirroring folds the
+    plane into a tenth of the star, in which its edge is a single straight line."""
+    x, y = x.abs(), -y  # y upwards; the angle to it is now in [0°, 180°]
     x, y = _fold(x, y, 72)
     x = x.abs()
     x, y = _fold(x, y, 36)
     inner_x = INNER_STAR * math.sin(math.radians(36))
     inner_y = INNER_STAR * math.cos(math.radians(36))
-    # of the edge from (0, 1), a point of the star, to the inner corner
+    # normal of the edge from (0, 1), a point of the star, to the inner corner
     normal_x, normal_y = 1 - inner_y, inner_x
     length = math.hypot(normal_x, normal_y)
     return x * (normal_x / length) + (y - radius) * (normal_y / length)
 
 
 def _fold(x: Tensor, y: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """Mirror what lies beyond the ray at `degrees` from the upward axis back across it."""
+    """Mirror points beyond the ray at `degrees` from the upward axis across that ray."""
     normal_x, normal_y = math.cos(math.radians(degrees)), -math.sin(math.radians(degrees))
     beyond = 2 * (x * normal_x + y * normal_y).clamp_(min=0)
     return x - beyond * normal_x, y - beyond * normal_y

@@ -1,5 +1,5 @@
-"""Captions written from facts, and the fixed prompt lists that a score is measured on. Nothing here
-ever parses text."""
+"""Captions written from facts, and the fixed lists of prompts on which scores are measured. Text is
+never parsed here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdit.data.moving_shapes.drawing import draw
 from mmdit.data.moving_shapes.facts import VERSION, Facts, Object
 from mmdit.rng import key
 
-DROP = 0.15  # the share of facts that a training caption leaves out
+DROP = 0.15  # probability with which a training caption leaves out a fact
 PROMPTS = 256
 MANY_PROMPTS = 128  # of each task
 
@@ -48,7 +48,8 @@ TOWARDS = {
     "down": ("down", "downwards"),
 }
 
-# A template is a row of clauses; a clause is left out when the caption drops a fact that it names.
+# A template is a list of clauses; a clause is left out if it names a fact that the caption leaves
+# out.
 IMAGE = (
     ("a {thing}", " on a {background} background"),
     ("{thing}", " on {background}"),
@@ -93,15 +94,15 @@ WHICH = (" that is {} ", ", which is {} ")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold a caption that names every attribute, and the facts it names."""
+    """A caption that names every attribute, and the facts that it describes."""
 
     caption: str
     facts: Facts
 
 
 def named_attributes(facts: Facts, seed: int, index: int, complete: bool) -> frozenset[str]:
-    """Return the attributes that `caption` with the same arguments states. Of a scene with a task,
-    background and motion alone are left out, and colours are added to every other caption that
+    """Return the attributes that `caption` states for the same arguments. For a scene with a task
+    only background and motion may be left out, and colours are added to half of the captions that
     need not state them."""
     if complete:
         return frozenset(facts.attributes)
@@ -117,8 +118,8 @@ def named_attributes(facts: Facts, seed: int, index: int, complete: bool) -> fro
 
 
 def caption(facts: Facts, seed: int, index: int, complete: bool) -> str:
-    """Return words for `facts`. `complete`: every attribute is stated (benchmark); otherwise each
-    is dropped with probability 0.15 (training). A function of its arguments alone."""
+    """Return a caption for `facts`, a function of the arguments alone. `complete`: state every
+    attribute (for benchmarks); otherwise each is left out with probability DROP (for training)."""
     named, words = named_attributes(facts, seed, index, complete), _choices(seed, index, "words")
     fields = {}
     if "background" in named:
@@ -140,7 +141,7 @@ def _choices(seed: int, index: int, purpose: str) -> Choices:
 
 
 def _things(facts: Facts, named: frozenset[str], words: Choices) -> str:
-    """Return what a caption says of the objects of a scene with a task."""
+    """Return the part of a caption about the objects of a scene with a task."""
     phrases = []
     for item in facts.objects:
         fields = _object_fields(item, named, words)
@@ -161,13 +162,14 @@ def _things(facts: Facts, named: frozenset[str], words: Choices) -> str:
 
 
 def _positions(phrases: list[str], facts: Facts, words: Choices) -> str:
-    """Return where each of the phrases' objects is as seen from the next, from either end."""
+    """Return a text that states the relation of each object in `phrases` to the next one, beginning
+    at either end."""
     relations = list(facts.relations)
     if words.below(2):
         phrases = phrases[::-1]
         relations = [OPPOSITE[relation] for relation in reversed(relations)]
     first, *links = [words.pick(RELATION_WORDS[relation]) for relation in relations]
-    # after a motion, "left of" could be read as where it goes
+    # after a motion, "left of" could be understood as its direction
     opening = BESIDE[:2] if facts.objects[0].motion is None else BESIDE[1:]
     text = phrases[0] + words.pick(opening).format(first) + phrases[1]
     for link, phrase in zip(links, phrases[2:], strict=True):
@@ -181,7 +183,8 @@ def _placeholders(clause: str) -> frozenset[str]:
 
 
 def _object_fields(item: Object, named: frozenset[str], words: Choices) -> dict[str, str]:
-    """Return the placeholders that one object fills. `noun` and `thing` are always there."""
+    """Return the values of the placeholders for one object; `noun` and `thing` are always among
+    them."""
     fields = {"noun": words.pick(SHAPE_WORDS[item.shape if "shape" in named else None])}
     if "color" in named:
         fields["color"] = item.color
@@ -200,12 +203,12 @@ def _object_fields(item: Object, named: frozenset[str], words: Choices) -> dict[
 def prompts(
     split: str, video: bool, width: int = 64, height: int = 64, task: str | None = None
 ) -> tuple[Prompt, ...]:
-    """Return the 256 prompts of `seen` or `held_out`, fixed by the version; with a `task` the
-    MANY_PROMPTS ones of that task.
+    """Return the 256 prompts of `seen` or `held_out`, which are fixed for each version; with a
+    `task`, the MANY_PROMPTS prompts of that task.
 
-    The captions of one object do not depend on the canvas; it only scales the drawn positions,
-    which matter where the facts are rendered (the tokenizer's ceiling). Those of a task depend on
-    its aspect ratio, for objects must fit."""
+    The captions of single objects do not depend on the canvas, which only scales the drawn
+    positions; these matter if the facts are rendered (the tokenizer's ceiling). Captions of a task
+    depend on the aspect ratio, because objects must fit."""
     if split not in ("seen", "held_out"):
         raise ValueError(f"prompts are of the split 'seen' or 'held_out', not {split!r}")
     source = "train" if split == "seen" else "held_out"

@@ -1,4 +1,4 @@
-"""Load what a captioner is shown of a record: a picture, or some frames of a clip."""
+"""Load the pictures of a record that a captioner sees: its picture, or some frames of its clip."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmdit.data.dataset.videos import probe, read_video
 
 
 def shown_pictures(record: Record, media: Media, frames: int, side: int) -> list[Image.Image]:
-    """Return the picture of a record, or up to `frames` frames of a clip that lie equally far
-    apart, each of at most `side` pixels a side. ValueError, OSError: it cannot be used."""
+    """Return the picture of a record, or up to `frames` evenly spaced frames of a clip, with sides
+    of at most `side` pixels. ValueError or OSError if it cannot be used."""
     if media == "image":
         pictures = [load_image(record.source)]
     elif record.is_folder:
@@ -32,7 +32,7 @@ def shown_pictures(record: Record, media: Media, frames: int, side: int) -> list
 
 
 def _spread(paths: list, count: int) -> list:
-    """Return up to `count` of the paths, equally far apart, the first among them."""
+    """Return up to `count` evenly spaced paths, beginning with the first."""
     if len(paths) <= count:
         return paths
     places = np.arange(count) * len(paths) // count
@@ -40,7 +40,7 @@ def _spread(paths: list, count: int) -> list:
 
 
 def _at_most(picture: Image.Image, side: int) -> Image.Image:
-    """Return a picture made smaller, if it is larger than `side`."""
+    """Return the picture, scaled down if its longer side exceeds `side`."""
     scale = side / max(picture.size)
     if scale >= 1:
         return picture

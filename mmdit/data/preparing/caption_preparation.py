@@ -1,9 +1,8 @@
-"""Captions for the records of a JSONL file, by a captioner; written as the lines that caching
-reads.
+"""Caption the records in a JSONL file with a captioner, and write lines that caching can read.
 
-Every caption is noted in `captions_made.jsonl` as soon as it is there, with the stamp of its
-source and the settings that it was made with: a run can stop at any moment, and no caption is asked
-for twice. The lines themselves are written anew, whole, from these notes.
+Every caption is noted in `captions_made.jsonl` as soon as it is made, with the stamp of its source
+and the settings used. So a run can stop at any moment, and no caption is requested twice. The file
+of lines is written anew from these notes.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ from mmdit.files import clean, is_full, lock, read_bytes, real_path
 from mmdit.signals import interruptible
 
 NOTES = "captions_made.jsonl"
-WRITE_SECONDS = 10.0  # so often the lines are written, or less often where that takes long
-HOPELESS = 20  # failures of a server one after the other: it is not there any more
-FATAL = (ServerRefused, torch.OutOfMemoryError)  # whatever record they are met at
+WRITE_SECONDS = 10.0  # the least time between two writes of the lines; more if writing takes long
+HOPELESS = 20  # consecutive failures of a server after which it counts as gone
+FATAL = (ServerRefused, torch.OutOfMemoryError)  # errors that do not depend on the record
 PROMPT = "Describe this image in one or two sentences, as a caption."
 CLIP_PROMPT = (
     "These are frames of one short video, in order. Describe in one or two sentences, as a caption,"
@@ -52,24 +51,24 @@ CLIP_PROMPT = (
 
 
 class Captioner(Protocol):
-    """Says what is in pictures."""
+    """Describes pictures in words."""
 
     @property
     def identity(self) -> dict[str, object]:
-        """Return what decides its captions, beside pictures, prompt and seed."""
+        """Return the settings that decide its captions, besides pictures, prompt and seed."""
 
     def __call__(self, pictures: list[Image.Image], prompt: str, seed: int) -> tuple[str, bool]:
-        """Return a caption, and whether it was cut off for its length."""
+        """Return a caption, and whether it was cut off because of its length."""
 
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """Say what a captioner is asked, and what becomes of its answers."""
+    """What a captioner is asked, and how its answers are treated."""
 
-    prompts: tuple[str, ...]  # one caption each
-    # Captions by each prompt, with other seeds.
+    prompts: tuple[str, ...]  # each gives one caption
+    # Captions for each prompt, each with another seed.
     count: int = 1
-    # Frames of a clip that are shown.
+    # The number of frames of a clip that are shown.
     frames: int = 8
     # The longest side of a picture that is shown.
     side: int = 768
@@ -86,18 +85,18 @@ class CaptionSettings:
 
 @dataclass
 class CaptionReport:
-    """Count what became of the records of one run."""
+    """Counts over the records of one run."""
 
     records: int = 0
-    kept: int = 0  # had a caption
-    already: int = 0  # captioned by an earlier run
+    kept: int = 0  # records that had a caption
+    already: int = 0  # records captioned by an earlier run
     made: int = 0  # records captioned now
     captions: int = 0  # of those
     changed_sources: list[str] = field(default_factory=list)  # ids: other pictures than before
     changed_settings: list[str] = field(default_factory=list)
     waiting: int = 0  # records without a caption yet
     skipped: list[Skip] = field(default_factory=list)
-    edited: str = ""  # said of lines that somebody changed
+    edited: str = ""  # a sentence about lines that somebody edited
     interrupted: bool = False
     seconds: float = 0.0
 
@@ -128,7 +127,7 @@ class CaptionReport:
 
 @dataclass
 class Note:
-    """The captions of one record, as they are kept."""
+    """The captions of one record in the form in which they are noted."""
 
     captions: list[str]
     stamp: dict[str, str]
@@ -136,8 +135,8 @@ class Note:
 
 @dataclass
 class CaptionPreparation:
-    """Captions the records of `meta_jsonl` that have no caption, or, with `replace`, all; and
-    writes their lines to a file of the same name in `out_dir`. `run()` does it, once."""
+    """Captions the records of `meta_jsonl` that have no caption, or, with `replace`, all of them;
+    and writes their lines to a file of the same name in `out_dir`. Call `run()` once."""
 
     meta_jsonl: Path
     media: Media
@@ -146,7 +145,7 @@ class CaptionPreparation:
     settings: CaptionSettings
     replace: bool = False
     threads: int = 0  # 0: one after the other
-    prefer: str = ""  # as of `read_records`
+    prefer: str = ""  # see `read_records`
 
     @property
     def out(self) -> Path:
@@ -154,9 +153,9 @@ class CaptionPreparation:
         return self.out_dir / self.meta_jsonl.name
 
     def run(self) -> CaptionReport:
-        """Caption and write; return the report. Ctrl-C and SIGTERM return a report with
-        `interrupted`; the same call goes on from there. ValueError: the metadata is wrong, or the
-        captioner fails on everything."""
+        """Caption the records, write the lines, and return a report. After Ctrl-C or SIGTERM, it is
+        a report with `interrupted`, and the same call continues from there. ValueError if the
+        metadata is wrong, or if no record could be captioned."""
         begin = time.monotonic()
         self.records = read_records(self.meta_jsonl, self.media, self.prefer)
         if real_path(self.out) == real_path(self.meta_jsonl):
@@ -164,7 +163,7 @@ class CaptionPreparation:
                 f"--out_dir is the folder of {self.out}, which would be replaced; name another"
             )
         self.report = CaptionReport(len(self.records))
-        self.captions: dict[str, list[str]] = {}  # by id: what earlier runs and this one made
+        self.captions: dict[str, list[str]] = {}  # by id: captions of earlier runs and of this one
         self.noting = threading.Lock()  # of captions and notes
         self.out_dir.mkdir(parents=True, exist_ok=True)
         clean(self.out_dir)
@@ -178,7 +177,7 @@ class CaptionPreparation:
                 self.report.interrupted = True
             finally:
                 with self.noting:
-                    self.notes = None  # for threads that nobody waits for
+                    self.notes = None  # a thread that still works then writes nothing
                 self._write()
                 list_skipped(self.out_dir / "skipped.jsonl", self.report.skipped)
         done = self.report.kept + len(self.captions) + len(self.report.skipped)
@@ -192,9 +191,9 @@ class CaptionPreparation:
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────
     def _look(self, notes: IO[bytes]) -> list[Record]:
-        """Take over what earlier runs have made; return the records that need a caption."""
+        """Take over the captions of earlier runs; return the records that need one."""
         settings = asdict(self.settings) | self.captioner.identity
-        # as JSON gives it back: tuples are lists
+        # as JSON returns them: tuples become lists
         settings = json.loads(json.dumps(settings))
         self.made_with = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         before, known = _read_notes(notes, self.made_with)
@@ -224,7 +223,7 @@ class CaptionPreparation:
         return pending
 
     def _caption(self, pending: list[Record]) -> None:
-        """Have the pending records captioned."""
+        """Caption the pending records."""
         written, takes, failures = time.monotonic(), 0.0, 0
         bar = tqdm(
             total=len(pending),
@@ -256,7 +255,7 @@ class CaptionPreparation:
 
     def _make(self, record: Record) -> None:
         """Make the captions of a record, and note them at once; runs in several threads."""
-        stamp = stamp_of(record.source)  # before it is read: a change meanwhile is noticed
+        stamp = stamp_of(record.source)  # before it is read, so that a change meanwhile is noticed
         settings, problem = self.settings, Unusable("empty caption")
         pictures = shown_pictures(record, self.media, settings.frames, settings.side)
         captions = []
@@ -284,7 +283,7 @@ class CaptionPreparation:
 
     # ── files ─────────────────────────────────────────────────────────────────────────────────────
     def _write(self) -> None:
-        """Write the lines of all records that have a caption, in their order."""
+        """Write the lines of all records that have a caption, in order."""
         with self.noting:
             made = dict(self.captions)
         lines = []
@@ -310,7 +309,7 @@ class CaptionPreparation:
         self.report.edited = edited or self.report.edited
 
     def _moved(self, path: str) -> str:
-        """Return a path of the metadata as it is from the folder that is written to."""
+        """Return a path from the metadata relative to the folder that is written to."""
         path = os.path.expanduser(path)
         if os.path.isabs(path):
             return path
@@ -318,7 +317,7 @@ class CaptionPreparation:
 
 
 def _rows(path: Path) -> list[dict]:
-    """Return the objects of a JSONL file that was read before."""
+    """Return the objects in a JSONL file that has been read before."""
     lines = read_bytes(path).split(b"\n")
     return [decoded_object(line) for line in lines if line.strip(BLANK)]
 
@@ -329,8 +328,9 @@ def _append(notes: IO[bytes], row: dict) -> None:
 
 
 def _read_notes(notes: IO[bytes], made_with: str) -> tuple[dict | None, dict[str, Note]]:
-    """Return the settings of the last run, and, by id, the notes that were made with the present
-    ones. A line that a kill has cut off is removed, others that cannot be read are passed over."""
+    """Return the settings of the last run and, by id, the notes that were made with the present
+    ones. A last line that a kill cut off is removed; other lines that cannot be read are
+    ignored."""
     notes.seek(0)
     data = notes.read()
     whole = data.rfind(b"\n") + 1

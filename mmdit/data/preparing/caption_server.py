@@ -1,8 +1,8 @@
-"""Captions by a server that speaks OpenAI's protocol for chats (vLLM, llama.cpp, Ollama, SGLang …).
+"""Captions by a server with OpenAI's chat protocol (vLLM, llama.cpp, Ollama, SGLang …).
 
-What goes wrong for a moment (too many requests, a failure of the server, no answer in time, a reply
-that is cut off) is tried again, each time after twice as long. The key comes from the environment,
-goes to this server alone, and stands in no message and no file.
+Temporary failures (too many requests, a server error, a timeout, a truncated reply) are tried
+again, each time after twice the wait. The key comes from the environment, is sent to this server
+alone, and appears in no message and no file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmdit.terminal import shown
 KEY = "MMDIT_CAPTION_KEY"  # the environment variable
 MOST_BYTES = 1 << 20  # of a reply
 QUALITY = 90  # of the JPEG pictures that are sent
-LONGEST_WAIT = 60.0  # seconds between two tries
+LONGEST_WAIT = 60.0  # seconds between two tries, at most
 REFUSED = {
     401: f"it wants a key, or another one: set the environment variable {KEY}",
     403: f"the key in {KEY} may not use this model",
@@ -35,16 +35,17 @@ REFUSED = {
 
 
 class ServerFailed(Unusable):
-    """Raised where a server gives no caption, tries and waits included."""
+    """Raised when a server gives no caption for a record, even after all tries."""
 
 
 class ServerRefused(ValueError):
-    """Raised where a server will refuse every request: its address, the key or the model is
+    """Raised when a server will refuse every request, because its address, the key or the model is
     wrong."""
 
 
 class _TryAgain(Exception):
-    """Raised for what may be over in a moment; `wait` is how long the server asks to wait."""
+    """Raised for failures that may be temporary; `wait`: the seconds that the server asks to
+    wait."""
 
     def __init__(self, reason: str, wait: float = 0.0):
         super().__init__(reason)
@@ -53,14 +54,14 @@ class _TryAgain(Exception):
 
 @dataclass(frozen=True)
 class ServerCaptioner:
-    """`captioner(pictures, prompt, seed)` returns what the model of a server says of pictures, and
-    whether it was stopped at `max_tokens`. Several threads may call it."""
+    """`captioner(pictures, prompt, seed)` returns the description of the pictures by the server's
+    model, and whether it was stopped at `max_tokens`. Several threads may call it."""
 
     address: str  # http://localhost:8000/v1
     model: str
     max_tokens: int = 256
     temperature: float = 0.0
-    timeout: float = 120.0  # seconds for an answer
+    timeout: float = 120.0  # time limit of an answer, in seconds
     tries: int = 6
     sleep: Callable[[float], None] = time.sleep
     key: str = field(default_factory=lambda: os.environ.get(KEY, ""), repr=False)
@@ -90,7 +91,7 @@ class ServerCaptioner:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Return what decides its captions, for who keeps them."""
+        """Return the settings that decide its captions, to be stored with them."""
         return {
             "model": self.model,
             "server": self.address,
@@ -99,7 +100,8 @@ class ServerCaptioner:
         }
 
     def __call__(self, pictures: list[Image.Image], prompt: str, seed: int) -> tuple[str, bool]:
-        """See the class. ServerFailed: no caption; ServerRefused: there never will be one."""
+        """Return a caption, as the class describes. ServerFailed if there is none; ServerRefused if
+        there never will be one."""
         body = json.dumps(self._request(pictures, prompt, seed)).encode()
         wait, reason = 1.0, ""
         for number in range(self.tries):
@@ -113,7 +115,7 @@ class ServerCaptioner:
         raise ServerFailed("the server gives no caption", f"{reason}, {self.tries} times")
 
     def _request(self, pictures: list[Image.Image], prompt: str, seed: int) -> dict:
-        """Return the body of a request: the pictures in their order, then the prompt."""
+        """Return the body of a request: the pictures in order, then the prompt."""
         content: list[dict] = [
             {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures
         ]
@@ -152,8 +154,8 @@ class ServerCaptioner:
         return text, choice.get("finish_reason") == "length"
 
     def _send(self, body: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Return status, headers and body of the answer. Neither a redirection nor a proxy is
-        followed: the key goes to this server alone."""
+        """Return status, headers and body of the answer. Redirections and proxies are not followed,
+        so that the key goes to this server alone."""
         parts = urlsplit(self.address)
         secure = parts.scheme == "https"
         connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -170,14 +172,15 @@ class ServerCaptioner:
                 data += piece
                 if len(data) > MOST_BYTES:
                     raise http.client.HTTPException(f"a reply of more than {MOST_BYTES} bytes")
-                if time.monotonic() > end:  # a byte now and then never ends by itself
+                if time.monotonic() > end:  # a server that sends byte after byte would never end
                     raise TimeoutError(f"not all of it in {self.timeout:g} s")
             return response.status, response.headers, data
         finally:
             connection.close()
 
     def _said(self, message: object) -> str:
-        """Return the beginning of what another program says, fit for one line, without the key."""
+        """Return the beginning of a message from another program, fit for one line, and without the
+        key."""
         text = str(message)
         if self.key:
             text = text.replace(self.key, "***")
@@ -185,14 +188,14 @@ class ServerCaptioner:
 
 
 def _data_url(picture: Image.Image) -> str:
-    """Return a picture as a URL that holds it."""
+    """Return a URL that contains the picture as JPEG."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> float:
-    """Return how many seconds a server asks to wait; 0 where it does not say."""
+    """Return how many seconds a server asks to wait, at most LONGEST_WAIT; 0 if it does not say."""
     try:
         return max(0.0, min(float(headers.get("Retry-After", "0")), LONGEST_WAIT))
     except ValueError:  # a date

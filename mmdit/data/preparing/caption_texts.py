@@ -1,4 +1,4 @@
-"""Captions that a model wrote: text of others, made fit to be trained on."""
+"""Clean captions that a model wrote, before they are trained on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("«", "»"))
 
 
 def clean_caption(text: str, most: int, cut_off: bool = False) -> str:
-    """Return a caption in one line: without thoughts, control characters and quotes around it, of
-    at most `most` characters. `cut_off`: the model was stopped within a sentence. What is too long
-    or cut off ends with its last whole sentence, if it has one. Unusable: nothing is left."""
+    """Return a caption as one line of at most `most` characters, without reasoning, control
+    characters and surrounding quotes. `cut_off`: the model was stopped within a sentence. A caption
+    that is too long or cut off ends with its last complete sentence, if it has one. Unusable if
+    nothing is left."""
     text = HALF_PAIRS.sub("", THOUGHTS.sub(" ", text))
     text = " ".join(COMMANDS.sub(" ", text).split())
     for first, last in QUOTES:
@@ -30,7 +31,7 @@ def clean_caption(text: str, most: int, cut_off: bool = False) -> str:
 
 
 def _whole_sentences(text: str, cut_within_word: bool) -> str:
-    """Return a text up to its last whole sentence, or else its last whole word."""
+    """Return the text up to its last complete sentence, or else up to its last complete word."""
     ends = [match.end() for match in SENTENCE_END.finditer(text)]
     if ends:
         return text[: ends[-1]]

@@ -1,10 +1,10 @@
-"""From long videos to clips: films are measured one by one, then cut, and the clips written as the
-lines that caching reads. No picture is written: a clip is a file and the numbers of its frames.
+"""From long videos to clips: films are measured one by one and cut, and the clips are written as
+lines that caching can read. No pictures are written: a clip is a file and a range of its frames.
 
     train_videos.jsonl ─► [frames → numbers, kept in films/] ─► cuts ─► clips → train_videos.jsonl
 
-The lines are a function of the films and of the settings. So a run can stop at any moment, and
-other settings are applied to all films in seconds.
+The lines are a function of the films and the settings. So a run can stop at any moment, and changed
+settings are applied to all films in seconds.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from mmdit.files import (
 )
 from mmdit.signals import interruptible
 
-WRITE_SECONDS = 10.0  # so often the lines are written while films are measured
-NOTE = "clips.json"  # what the lines of a folder were made with
-REPLACED = ("frames_dir", "num_frames", "frames_fps")  # facts of a line that a clip does not share
+WRITE_SECONDS = 10.0  # between two writes of the lines while films are measured
+NOTE = "clips.json"  # the settings with which the lines in a folder were made
+REPLACED = ("frames_dir", "num_frames", "frames_fps")  # facts of a film that its clips do not share
 
 
 @dataclass
 class ClipReport:
-    """Count what became of the films of one run."""
+    """Counts over the films of one run."""
 
     films: int = 0
-    already: int = 0  # measured by an earlier run
-    changed_films: list[str] = field(default_factory=list)  # ids: others stood there before
+    already: int = 0  # films measured by an earlier run
+    changed_films: list[str] = field(default_factory=list)  # ids: other files than before
     changed_settings: list[str] = field(default_factory=list)
     waiting: int = 0  # films that are not measured yet
     clips: int = 0
-    seconds: float = 0.0  # of the clips
+    seconds: float = 0.0  # of all clips together
     left_out: dict[str, float] = field(default_factory=dict)  # problem → seconds
     damaged: Counter = field(default_factory=Counter)  # id of a film → frames
     skipped: list[Skip] = field(default_factory=list)
-    edited: str = ""  # said of lines that somebody changed
+    edited: str = ""  # a sentence about lines that somebody edited
     interrupted: bool = False
 
     def text(self) -> str:
@@ -92,8 +92,8 @@ def _length(seconds: float) -> str:
 
 @dataclass
 class ClipPreparation:
-    """Cuts the films of `records` into clips, and writes their lines to `<out_dir>/<name>`.
-    `run()` does it, once."""
+    """Cuts the films of `records` into clips, and writes their lines to `<out_dir>/<name>`. Call
+    `run()` once."""
 
     records: list[Record]
     out_dir: Path
@@ -101,9 +101,9 @@ class ClipPreparation:
     settings: ShotSettings
 
     def run(self) -> ClipReport:
-        """Measure and cut; return the report. Ctrl-C and SIGTERM return a report with
-        `interrupted`; the same call goes on from there. ValueError: no film could be used, or
-        another process writes into the folder."""
+        """Measure and cut the films; return a report. After Ctrl-C or SIGTERM, it is a report with
+        `interrupted`, and the same call continues from there. ValueError if no film could be used,
+        or another process writes into the folder."""
         self.report = ClipReport(len(self.records))
         self.rows: dict[str, list[dict]] = {}  # id of a film → the lines of its clips
         refusal = f"another process is cutting films into {self.out_dir}; wait for it"
@@ -130,8 +130,8 @@ class ClipPreparation:
 
     # ── the work ──────────────────────────────────────────────────────────────────────────────────
     def _look(self) -> list[tuple[Record, FilmSignals]]:
-        """Cut what earlier runs have measured; return the films that are not measured to their
-        end."""
+        """Cut the films that earlier runs measured; return those that are not completely
+        measured."""
         pending = []
         bar = tqdm(self.records, "looking for measured films", unit="film", delay=2)
         for record in bar:
@@ -155,7 +155,7 @@ class ClipPreparation:
         return pending
 
     def _measure(self, pending: list[tuple[Record, FilmSignals]]) -> None:
-        """Measure the other films, and cut each when it is measured."""
+        """Measure the pending films, and cut each one when it is measured."""
         sizes = {record.id: os.path.getsize(record.path) for record, _ in pending}
         written = time.monotonic()
         bar = tqdm(
@@ -185,7 +185,7 @@ class ClipPreparation:
                     written = time.monotonic()
 
     def _cut(self, record: Record, film: FilmSignals) -> None:
-        """Note the clips of a film that is measured."""
+        """Note the clips of a measured film."""
         numbers = columns(film.signals)
         rows = []
         for piece in cut_into_clips(numbers, self.settings):
@@ -203,8 +203,8 @@ class ClipPreparation:
             self.report.damaged[record.id] = film.damaged
 
     def _row(self, record: Record, first: int, end: int, start: float, seconds: float) -> dict:
-        """Return the line of one clip. Its id names its first frame, so that it stays the same
-        where cuts elsewhere in the film are others."""
+        """Return the line of one clip. Its id names its first frame, so that it stays the same if
+        cuts elsewhere in the film change."""
         id = f"{record.id}_{first:06d}"
         try:
             check_id(id)
@@ -234,7 +234,7 @@ class ClipPreparation:
         self.report.edited = edited or self.report.edited
 
     def _compare_settings(self) -> None:
-        """Note which settings differ from those of the last run, and store these."""
+        """Note which settings differ from those of the last run, and store the present ones."""
         path = self.out_dir / NOTE
         settings = asdict(self.settings)
         before = read_object(path)

@@ -1,5 +1,5 @@
-"""Keep what was measured of a film, in a file of its own: measuring can stop at any frame and go on
-from there, and other settings for cuts need no other measurement."""
+"""Keep the measurements of a film in a file: measuring can stop at any frame and continue from
+there, and other settings for cuts need no new measurement."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mmdit.data.dataset.videos import probe, thumbnails
 from mmdit.data.preparing.shot_signals import HISTORY, NAMES, SIZE, ShotSignals
 from mmdit.files import write_atomically
 
-VERSION = "1"  # of the numbers: raised when they change
-SAVE_SECONDS = 30.0  # so often what was measured is saved
+VERSION = "1"  # of the numbers; raised when they change
+SAVE_SECONDS = 30.0  # between two saves of measurements
 
 
 @dataclass
 class FilmSignals:
-    """Hold the numbers of the first frames of a film, `signals (frames, len(NAMES))`; the film has
-    `total` frames, and its file is known by `stamp`."""
+    """The numbers measured for the first frames of a film, `signals (frames, len(NAMES))`. `total`:
+    the number of frames of the film; `stamp`: identifies its file."""
 
     path: str
-    file: Path  # where they are kept
+    file: Path  # where the measurements are kept
     signals: np.ndarray = field(default_factory=lambda: np.zeros((0, len(NAMES)), np.float32))
-    total: int = 0  # 0: not known yet
+    total: int = 0  # 0: unknown
     stamp: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -40,13 +40,13 @@ class FilmSignals:
 
     @property
     def damaged(self) -> int:
-        """Return how many frames could not be decoded."""
+        """Return the number of frames that could not be decoded."""
         return int(np.isnan(self.signals[:, NAMES.index("bright")]).sum())
 
     @classmethod
     def of_film(cls, path: str, file: Path) -> tuple[FilmSignals, bool]:
-        """Return what is known of the film at `path`, and whether what was known is of another one
-        that stood there. FileNotFoundError: the film is not there."""
+        """Return the stored measurements of the film at `path`, and whether measurements of another
+        film that was there before were discarded. FileNotFoundError if there is no film."""
         stored = cls._read(path, file)
         state, stamp = compare_stamp(path, stored.stamp or None)
         if state in ("gone", "missing"):
@@ -60,7 +60,8 @@ class FilmSignals:
 
     @classmethod
     def _read(cls, path: str, file: Path) -> FilmSignals:
-        """Return what a file holds; nothing where it is missing, damaged, or of another version."""
+        """Return the measurements in a file; empty ones if it is missing, damaged, or of another
+        version."""
         try:
             with safe_open(file, "np") as content:
                 facts, signals = content.metadata() or {}, content.get_tensor("signals")
@@ -71,21 +72,21 @@ class FilmSignals:
             return cls(path, file)
 
     def save(self) -> None:
-        """Write what is measured; a kill leaves the old file or the new one."""
+        """Write the measurements; a kill leaves either the old file or the new one."""
         facts = {"version": VERSION, "total": str(self.total), "stamp": json.dumps(self.stamp)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, save({"signals": self.signals}, facts))
 
     def measure(self) -> Generator[float, None, None]:
-        """Measure the frames that are missing; yield the share that is done. What was measured is
-        saved now and then, at the end, and when the caller stops. ValueError, OSError: the film
+        """Measure the missing frames; yield the share that is done. Measurements are saved from
+        time to time, at the end, and when the caller stops. ValueError or OSError if the film
         cannot be used."""
         if not self.stamp:
-            self.stamp = stamp_of(self.path)  # before it is read: a change meanwhile is noticed
+            self.stamp = stamp_of(self.path)  # before reading: a change meanwhile is noticed
         content = probe(self.path)
         self.total = len(content.stamps)
         done = len(self.signals)
-        begin = max(0, done - HISTORY)  # what the next numbers depend on
+        begin = max(0, done - HISTORY)  # frames on which the next numbers depend
         measurement, rows = ShotSignals(), list(self.signals)
         saved = time.monotonic()
         try:

@@ -1,5 +1,5 @@
-"""Work done by threads of which nobody waits for the last: requests that hang must not keep a
-process that was asked to stop."""
+"""Work done by threads that nobody waits for: a request that hangs must not keep the process from
+ending."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ Result = TypeVar("Result")
 def done_in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Iterator[tuple[Item, Result | Exception]]:
-    """Yield (item, `work(item)`), or the exception instead, in the order in which they are done.
-    No more than twice as many items as threads are taken ahead. `threads`: 0 works in this one."""
+    """Yield (item, `work(item)`), or the exception in place of the result, in the order in which
+    items are done. At most twice as many items as `threads` are taken in advance; with 0 threads,
+    the calling thread does the work."""
     if not threads:
         for item in items:
             yield item, _result(work, item)
@@ -46,7 +47,7 @@ def done_in_threads(
             ahead -= 1
     finally:
         with contextlib.suppress(queue.Empty):
-            while True:  # what no thread has begun
+            while True:  # items that no thread has begun
                 waiting.get_nowait()
         for _ in range(threads):
             waiting.put(None)

@@ -1,11 +1,11 @@
-"""Measure what a detector of cuts needs to know of each frame of a film: some thirty numbers,
-measured in one pass over thumbnails. No more than 65 of these are held at a time, so the length of
-a film does not matter; and a film can be measured in parts, whose numbers are those of the whole.
+"""Measure what a detector of cuts needs to know about each frame of a film: some thirty numbers,
+measured in one pass over thumbnails. At most 65 thumbnails are held at a time, so films may have
+any length; and a film can be measured in parts, with the same numbers as in one go.
 
-`step` compares a frame with the one before it, `change` does so whatever the light does. For `k` of
-LAGS, `far_k` compares it with the frame `k` before. For those of BLENDS, `bend_k` is how far the
-frame between the two is from their mean (in a dissolve it is that mean), and `likeness_k` is the
-correlation of their luma.
+`step` compares a frame with the one before it; `change` does so after removing a change of light.
+For each `k` in LAGS, `far_k` compares it with the frame `k` before. For each `k` in BLENDS,
+`bend_k` is the distance of the frame half way between these two from their mean (in a dissolve it
+equals that mean), and `likeness_k` is the correlation of their luma.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 
 import numpy as np
 
-SIZE = (64, 36)  # of a thumbnail: noise and small motion are averaged out
+SIZE = (64, 36)  # of a thumbnail, in which noise and small motion are averaged out
 BLENDS = (6, 8, 12, 16, 24, 32, 48, 64)
 LAGS = (2, 4, *BLENDS)
 NAMES = (
@@ -23,21 +23,23 @@ NAMES = (
     *(f"bend_{lag}" for lag in BLENDS),
     *(f"likeness_{lag}" for lag in BLENDS),
 )
-HISTORY = max(LAGS)  # frames before a frame that its numbers depend on
-GREY = 128  # of colour
-ALIKE = 0.9  # the correlation of two pictures of one scene
+HISTORY = max(LAGS)  # the number of earlier frames on which the numbers of a frame depend
+GREY = 128  # the value of colour channels in grey
+ALIKE = 0.9  # the least correlation of two pictures of one scene
 
 
 class ShotSignals:
-    """Take thumbnails one by one, `add`; each returns the numbers of its frame, named NAMES."""
+    """Takes the thumbnails of a film one by one (`add`); each call returns the numbers of its
+    frame, in the order of NAMES."""
 
     def __init__(self) -> None:
         self.frames: deque[np.ndarray] = deque(maxlen=HISTORY + 1)  # the newest last
 
     def add(self, thumbnail: np.ndarray | None, time: float) -> np.ndarray:
-        """Return the numbers of the next frame, float32 `(len(NAMES),)`; `thumbnail`: uint8 YUV
-        `(3, H, W)`, shown at `time` seconds. What would need frames before the first is 0. None
-        stands for a frame that cannot be decoded: its numbers are nan, and the next begins anew."""
+        """Return the numbers of the next frame, float32 `(len(NAMES),)`. `thumbnail`: uint8 YUV
+        `(3, H, W)`, shown at `time` seconds. Numbers that would need frames before the first are 0.
+        None stands for a frame that cannot be decoded: its numbers are nan, and the next frame
+        counts as a first one."""
         if thumbnail is None:
             self.frames.clear()
             return np.array([time, *[np.nan] * (len(NAMES) - 1)], np.float32)
@@ -61,8 +63,8 @@ class ShotSignals:
 
 
 def _step(before: np.ndarray, frame: np.ndarray) -> tuple[float, float]:
-    """Return the mean absolute difference of two thumbnails; and, of two that look alike, what is
-    left of it when the first has been brought to the brightness and contrast of the second."""
+    """Return the mean absolute difference of two thumbnails; and the same after the first was
+    brought to the brightness and contrast of the second, if the two look alike."""
     step = float(np.abs(frame - before).mean())
     if _likeness(before[0], frame[0]) < ALIKE:
         return step, step
@@ -74,7 +76,7 @@ def _step(before: np.ndarray, frame: np.ndarray) -> tuple[float, float]:
 
 
 def _likeness(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the correlation of two pictures; 0 where one has no contrast."""
+    """Return the correlation of two pictures; 0 if either has no contrast."""
     one, other = first - first.mean(), second - second.mean()
     scale = np.sqrt((one * one).mean() * (other * other).mean())
     return float((one * other).mean() / scale) if scale > 1 else 0.0

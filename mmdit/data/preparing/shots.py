@@ -1,13 +1,13 @@
-"""From the numbers of a film's frames to its shots: the runs of frames between two cuts.
+"""Find the shots of a film, the runs of frames between two cuts, from the numbers of its frames.
 
 A cut is a frame that differs from the one before it
-- by at least `cut`, whatever the light does,
-- several times as much as its neighbours differ from theirs (fast motion changes every frame), and
-- for longer than some frames (after a flash the scene is what it was).
+- by at least `cut`, even after removing a change of light,
+- several times as much as neighbouring frames differ (fast motion changes every frame), and
+- for longer than a few frames (after a flash the scene is the same as before).
 
-A dissolve or fade is a stretch of frames in which one picture becomes another by mixing: in its
-middle stands the mean of both, with as much less contrast. (In a pan another picture stands there.)
-Its frames belong to no shot. Nor do black or damaged frames.
+A dissolve or fade is a stretch of frames in which one picture turns into another by mixing: in its
+middle is the mean of both, with correspondingly less contrast. (In a pan, the middle shows another
+picture.) Its frames belong to no shot, and neither do black or damaged frames.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ import numpy as np
 from mmdit.config import ConfigError, least
 from mmdit.data.preparing.shot_signals import BLENDS, NAMES
 
-RATIO = 2.0  # of a cut to the mean change of its neighbours
+RATIO = 2.0  # of a cut to the mean change of its busiest neighbours
 NEAR = 12  # frames on each side that are neighbours
-NOISE = 0.5  # a change that compression alone makes
-LIGHT = 1 / 3  # the most that is left of a change of light
-LASTING = (2, 4, 8)  # frames after which a cut still shows
-STILL_LAG = 32  # frames between which a still shot does not change
+NOISE = 0.5  # of the change that compression alone causes
+LIGHT = 1 / 3  # the largest share that removing a change of light leaves of it
+LASTING = (2, 4, 8)  # frames after which a cut must still be visible
+STILL_LAG = 32  # frames over which a still shot does not change
 
-# of a dissolve
-CHANGED = 0.6  # the most that its ends may be alike, as a correlation
-BENT = 0.4  # the most that its middle may be off their mean, as a share of their distance
+# dissolves:
+CHANGED = 0.6  # the largest correlation of its ends
+BENT = 0.4  # the largest distance of its middle from their mean, relative to their distance
 SHORTER = 0.99
-DIP = 0.1  # the most by which the variance of the middle may exceed that of a mean
+DIP = 0.1  # how far the variance of the middle may exceed that of a mean
 
 
 @dataclass(frozen=True)
 class ShotSettings:
-    """Say where a film is cut, and which pieces are kept."""
+    """Where a film is cut, and which pieces are kept."""
 
-    # The least difference of two frames, of 255, that is a cut.
+    # The least difference of two frames, of 255, that counts as a cut.
     cut: float = 4.0
     # Shots that are shorter are dropped.
     min_seconds: float = 2.0
     # Shots that are longer are cut into equal pieces.
     max_seconds: float = 10.0
-    # Frames are black whose pixels (but for the brightest 2 %) are darker than this share of white.
+    # Frames count as black if their pixels, except for the brightest 2 %, are darker than this
+    # share of white.
     black: float = 0.12
-    # Pieces are still whose frames never differ by more, of 255, from those 32 frames before.
+    # Pieces count as still if no frame differs by more than this, of 255, from the one 32 frames
+    # before.
     still: float = 0.5
 
     def __post_init__(self):
@@ -63,8 +65,8 @@ class ShotSettings:
 
 @dataclass(frozen=True)
 class Piece:
-    """Frames of a film, from `first` up to, but not including, `end`; and why they are left out,
-    "" where they are not."""
+    """A run of frames of a film, from `first` up to, but not including, `end`. `problem`: why it is
+    left out, or ""."""
 
     first: int
     end: int
@@ -72,12 +74,12 @@ class Piece:
 
 
 def columns(signals: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the numbers of a film's frames `(frames, len(NAMES))` by their names."""
+    """Return the numbers of a film's frames `(frames, len(NAMES))` by name."""
     return dict(zip(NAMES, signals.T, strict=True))
 
 
 def hard_cuts(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[int]:
-    """Return the frames with which a new shot begins at once."""
+    """Return the frames at which a new shot begins abruptly."""
     change, step = film["change"], film["step"]
     around = _busiest_neighbours(step)
     cuts = []
@@ -95,7 +97,8 @@ def hard_cuts(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[in
 
 
 def _busiest_neighbours(values: np.ndarray) -> np.ndarray:
-    """Return, for each value, the mean of the largest third of up to NEAR others on each side."""
+    """Return, for each value, the mean of the largest third of its neighbours, up to NEAR on each
+    side."""
     padded = np.pad(values, NEAR)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * NEAR + 1)
     others = np.sort(np.delete(windows, NEAR, axis=1), axis=1)
@@ -105,11 +108,11 @@ def _busiest_neighbours(values: np.ndarray) -> np.ndarray:
 def gradual_changes(
     film: Mapping[str, np.ndarray], cuts: list[int], least_cut: float
 ) -> list[tuple[int, int]]:
-    """Return the dissolves and fades: the last frame of the old picture, and the first of the
-    new. None of them holds one of `cuts`."""
+    """Return the dissolves and fades: for each, the last frame of the old picture and the first of
+    the new one. None of them contains one of `cuts`."""
     candidates = []
     numbers = np.arange(len(film["time"]))
-    # the first frame of the shot that each frame is of
+    # the first frame of the shot to which each frame belongs
     begins = np.concatenate([[0], cuts])[np.searchsorted(cuts, numbers, side="right")]
     for lag in BLENDS:
         far, likeness = film[f"far_{lag}"], film[f"likeness_{lag}"]
@@ -135,14 +138,13 @@ def gradual_changes(
 
 
 def find_shots(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[Piece]:
-    """Return the shots of a film, and the stretches between them that are part of none, in
-    order."""
+    """Return the shots of a film, and the stretches between them that belong to none, in order."""
     count = len(film["time"])
     problems = np.full(count, "", dtype=object)
     cuts = hard_cuts(film, settings)
     for first, end in gradual_changes(film, cuts, settings.cut):
         problems[first + 1 : end] = "a dissolve or fade"
-    white = 235 - 16  # luma as videos store it: black is 16
+    white = 235 - 16  # range of luma in videos, where black is 16
     if settings.black:
         problems[film["bright"] < 16 + settings.black * white] = "black"
     problems[np.isnan(film["bright"])] = "damaged"
@@ -153,7 +155,7 @@ def find_shots(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[P
 
 
 def cut_into_clips(film: Mapping[str, np.ndarray], settings: ShotSettings) -> list[Piece]:
-    """Return the clips that a film is cut into, and what is left out of it, in order."""
+    """Return the clips into which a film is cut, and the pieces that are left out, in order."""
     pieces = []
     for shot in find_shots(film, settings):
         if shot.problem:
@@ -168,7 +170,7 @@ def cut_into_clips(film: Mapping[str, np.ndarray], settings: ShotSettings) -> li
 
 
 def _problem(film: Mapping[str, np.ndarray], first: int, end: int, settings: ShotSettings) -> str:
-    """Return why a piece of a shot is left out."""
+    """Return why a piece of a shot is left out, or ""."""
     if duration(film["time"], first, end) < settings.min_seconds - 1e-3:
         return "too short"
     lag = STILL_LAG if end - first > STILL_LAG else 2
@@ -179,7 +181,8 @@ def _problem(film: Mapping[str, np.ndarray], first: int, end: int, settings: Sho
 
 
 def duration(times: np.ndarray, first: int, end: int) -> float:
-    """Return how many seconds frames are shown, the last of a film as long as the mean frame."""
+    """Return for how many seconds frames are shown; the last frame of a film counts as long as the
+    mean frame."""
     if end < len(times):
         return float(times[end] - times[first])
     mean = float(times[-1] - times[0]) / max(1, len(times) - 1)

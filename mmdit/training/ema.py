@@ -53,8 +53,8 @@ class EMA:
         return max(0, step // every - self.config.start_step // every)
 
     def steps_of(self, step: int) -> int:
-        """Return how many steps the update after optimizer step `step` follows; 0: there is
-        none."""
+        """Return how many optimizer steps the update after step `step` covers; 0 if that step has
+        no update."""
         if not self.updates(step):
             return 1
         return 0 if step % self.config.update_every else self.config.update_every
@@ -66,8 +66,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, resting: tuple[str, ...] = ()) -> None:
-        """Update the average after optimizer step `step`. Parameters whose names begin with a
-        `resting` prefix had no part in it, and their average stays."""
+        """Update the average after optimizer step `step`, if an update is due. Parameters whose
+        names begin with a `resting` prefix were not trained in its steps, and their average
+        stays."""
         if not self.steps_of(step):
             return
         names = [name for name in self.parameters if not name.startswith(resting)]

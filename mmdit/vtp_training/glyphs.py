@@ -1,5 +1,5 @@
-"""Pictures of letters. PIL's built-in font is drawn into an atlas once; pages of letters are warped
-on the device."""
+"""Pictures of letters. Letters of PIL's built-in font are drawn into an atlas once; pages of
+letters are then warped on the device."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def atlas(device: torch.device) -> Tensor:
 
 
 def letters(draws: Draws, background: Tensor) -> Tensor:
-    """Return `background (N, 3, H, W)` under a page of letters, each picture with its own size,
-    angle, shear and colours."""
+    """Return each picture of `background (N, 3, H, W)` with a page of letters over it, each page
+    with its own size, angle, shear and colours."""
     count, (height, width) = len(background), background.shape[-2:]
     if not count:
         return background
@@ -47,7 +47,7 @@ def letters(draws: Draws, background: Tensor) -> Tensor:
     page = rearrange(cells[chosen] * present[..., None, None], "n r c h w -> n 1 (r h) (c w)")
 
     short = min(height, width)
-    # a letter's cell has from 9 pixels to most of the picture
+    # the cell of a letter covers from 9 pixels to most of the picture
     low, high = math.log(9 / short), math.log(0.7)
     size = torch.exp(low + (high - low) * draws.uniform("letter/size", 1, 1))
     angle = draws.normal("letter/angle", 1, 1) * 0.3
@@ -57,10 +57,10 @@ def letters(draws: Draws, background: Tensor) -> Tensor:
     v = (y * torch.cos(angle) - x * torch.sin(angle)) / size
     shift = (draws.uniform("letter/shift", 2, 1, 1) - 0.5) * (PAGE / 2)
     where = torch.stack([u + shear * v + shift[:, 0], v + shift[:, 1]], dim=-1) * (2 / PAGE)
-    magnified = size[..., None] * short / CELL  # picture pixels for an atlas pixel
+    magnified = size[..., None] * short / CELL  # picture pixels per atlas pixel
     fine = F.grid_sample(page, where, align_corners=False)
     coarse = F.grid_sample(F.avg_pool2d(page, 3), where, align_corners=False)
-    steepness = magnified.clamp(min=1)  # large letters would blur
+    steepness = magnified.clamp(min=1)  # large letters would be blurred
     sharp = ((fine - 0.5) * steepness + 0.5).clamp(0, 1)
     alpha = torch.where(magnified < 0.5, coarse, sharp)  # small letters would alias
     first, second = palette(draws, "letter", 2)[..., None, None].unbind(1)

@@ -1,5 +1,5 @@
-"""Training pictures, made on the device: step `s` of seed `k` always sees the same batch, and there
-is no data file."""
+"""Training pictures, generated on the device: step `s` with seed `k` always sees the same batch,
+and there are no data files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mmdit.vtp_training.glyphs import letters
 
 Tokenize = Callable[[list[str]], Tensor]  # captions to ids (N, T)
 
-POOL_PIXELS = 1 << 28  # of one size
+POOL_PIXELS = 1 << 28  # of all pictures of one size that are kept
 TEXTURE_CHUNK_PIXELS = 1 << 23
 CLIP_FRAMES = 3  # first, middle and last of a motion
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """The section `images.mix:`: relative parts of a batch."""
+    """The section `images.mix:`: the relative shares of the kinds of pictures in a batch."""
 
     # Moving shapes, which have captions.
     shapes: float = 0.4
     # Smooth gradients.
     gradients: float = 0.06
-    # Noise of many scales.
+    # Noise at many scales.
     clouds: float = 0.16
     # Stripes, checks and dots.
     patterns: float = 0.08
@@ -49,8 +49,8 @@ class MixConfig:
             )
 
     def counts(self, total: int, made: bool = False) -> dict[str, int]:
-        """Return whole numbers that add up to `total`, by cumulative rounding; with `made` no
-        moving shapes."""
+        """Return whole numbers, one for each kind, that add up to `total`, by cumulative rounding.
+        `made`: without moving shapes."""
         weights = vars(self) | ({"shapes": 0.0} if made else {})
         scale = total / sum(weights.values())
         covered, placed, result = 0.0, 0, {}
@@ -76,17 +76,17 @@ class ImagesConfig:
         (192, 128, 0.05),
         (448, 256, 0.05),
     )
-    # Patches of a step.
+    # Patches in a step.
     patches_per_step: int = 32768
-    # The most objects of a pile.
+    # The most objects in a pile.
     objects: int = 8
-    # The most moving shapes that are rendered of a size; steps draw from them.
+    # The most moving shapes that are rendered for a size; steps draw from them.
     shape_pool: int = 16384
-    # The same for all other pictures, which take longer to make than to train on.
+    # The same for all other pictures, which take longer to generate than to train on.
     texture_pool: int = 16384
-    # Steps after which the textures of a size are made anew.
+    # The number of steps after which the textures of a size are generated anew.
     refresh_every: int = 1000
-    # The share of every sort of picture.
+    # The shares of the kinds of pictures.
     mix: MixConfig = field(default_factory=MixConfig)
 
     def __post_init__(self):
@@ -118,9 +118,10 @@ class ImagesConfig:
 
 @dataclass
 class PictureBatch:
-    """`pixels (N, 3, H, W)`: uint8 in a pool, in [0, 1] in a batch. The first `len(facts)` are
-    moving shapes: `tokens (N, T)` of a caption each, when captions are wanted; `facts (N,)`: equal
-    numbers, equal colours, shapes, sizes and background."""
+    """`pixels (N, 3, H, W)`: uint8 in a pool, in [0, 1] in a batch. The first `len(facts)` pictures
+    are moving shapes. `tokens (N, T)`: one caption for each of these, if captions are needed.
+    `facts (N,)`: a number for each; it is equal where background, colours, shapes, sizes and stated
+    relations are."""
 
     pixels: Tensor
     tokens: Tensor | None
@@ -128,7 +129,7 @@ class PictureBatch:
 
 
 def _named(facts: moving_shapes.Facts) -> tuple:
-    """Return what a caption may name of a still, for comparison."""
+    """Return everything that a caption of a still picture may state, for comparison."""
     objects = sorted((item.color, item.shape, item.size) for item in facts.objects)
     return facts.background, tuple(objects), facts.said
 
@@ -141,8 +142,8 @@ def moving_shapes_of(
     device: torch.device,
     tokenize: Tokenize | None = None,
 ) -> PictureBatch:
-    """Render `count` frames: about half from the ends and the middle of clips, a tenth with several
-    objects, the rest stills."""
+    """Render `count` frames: about half are first, middle and last frames of clips, a tenth show
+    several objects, and the rest are single objects in stills."""
     size: dict[str, Any] = {"width": width, "height": height}
 
     def draw(name: str, count: int, **options: Any) -> list[moving_shapes.Facts]:
@@ -168,12 +169,12 @@ def moving_shapes_of(
 
 
 def pool_size(most: int, width: int, height: int) -> int:
-    """Return how many pictures of a size are kept in memory."""
+    """Return how many pictures of a size are kept in memory, at most `most`."""
     return max(1, min(most, POOL_PIXELS // (width * height)))
 
 
 class PictureSource:
-    """Batches by step; `batch(step)` is a function of (config, seed, step) alone."""
+    """Makes batches; `batch(step)` is a function of (config, seed, step) alone."""
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class PictureSource:
         self._textures: dict[tuple[int, int], tuple[int, Tensor]] = {}  # size → (epoch, pictures)
 
     def pool(self, width: int, height: int) -> PictureBatch:
-        """Return all moving shapes of one size, rendered when first wanted."""
+        """Return all moving shapes of one size, rendered when they are first needed."""
         if (width, height) not in self._pools:
             self._pools[width, height] = moving_shapes_of(
                 rng.key(self.seed, "shapes", width, height),
@@ -200,8 +201,8 @@ class PictureSource:
         return self._pools[width, height]
 
     def textures(self, width: int, height: int, step: int) -> Tensor:
-        """Return the other pictures `(N, 3, H, W)` uint8 that a step draws from: a function of the
-        size and `step // refresh_every`."""
+        """Return the other pictures from which a step draws, `(N, 3, H, W)` uint8: a function of
+        the size and `step // refresh_every`."""
         epoch = step // self.config.refresh_every
         if self._textures.get((width, height), (-1,))[0] != epoch:
             seed = rng.key(self.seed, "textures", width, height)
@@ -217,7 +218,7 @@ class PictureSource:
         return self._textures[width, height][1]
 
     def batch(self, step: int, size: tuple[int, int] | None = None) -> PictureBatch:
-        """Return the pictures of a step, moving shapes first; `size` replaces the drawn one."""
+        """Return the pictures of a step, moving shapes first; `size` replaces the drawn size."""
         width, height = size or self.config.size_at(self.seed, step)
         total = self.config.batch_size(width, height)
         shapes = self.config.mix.counts(total)["shapes"]
@@ -231,7 +232,7 @@ class PictureSource:
         return PictureBatch(pixels, tokens, pool.facts[chosen])
 
     def _make(self, draws: rng.Draws, width: int, height: int) -> Tensor:
-        """Make one picture a draw, in the shares of `mix`, as uint8."""
+        """Generate one picture for each draw, with the shares in `mix`, as uint8."""
         config, size = self.config, (height, width)
         counts, start = config.mix.counts(len(draws.indices), made=True), 0
         parts: dict[str, rng.Draws] = {}
@@ -253,8 +254,8 @@ class PictureSource:
 
 
 def _turned(draws: rng.Draws, pictures: Tensor) -> Tensor:
-    """Mirror each picture along each axis or not, and put its colour channels in any order: a pool
-    seen 24 times as large."""
+    """Mirror each picture at random along both axes, and permute its colour channels: this makes a
+    pool effectively 24 times as large."""
     for axis, name in ((-1, "mirror/x"), (-2, "mirror/y")):
         pictures = torch.where(draws.uniform(name, 1, 1, 1) < 0.5, pictures.flip(axis), pictures)
     order = draws.uniform("channels", 3).argsort(1)
@@ -262,7 +263,7 @@ def _turned(draws: rng.Draws, pictures: Tensor) -> Tensor:
 
 
 def _ground(draws: rng.Draws, height: int, width: int) -> Tensor:
-    """Return what lies under objects and letters: two thirds blends, one third clouds."""
+    """Return the backgrounds for objects and letters: two thirds gradients, one third clouds."""
     third = len(draws.indices) // 3
     clouds = textures.clouds(draws[:third], height, width)
     return torch.cat([clouds, textures.gradients(draws[third:], height, width)])

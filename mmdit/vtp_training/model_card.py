@@ -1,5 +1,5 @@
-"""The README.md of a checkpoint folder, made from what was recorded and measured: training.json and
-scores.json."""
+"""The README.md of a checkpoint folder, written from what was recorded and measured: training.json
+and scores.json."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TRAINING_FILE, SCORES_FILE = "training.json", "scores.json"
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     write_atomically(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def write_card(folder: Path) -> None:
-    """Write README.md; a folder without training.json (a checkpoint from elsewhere) is left
-    alone."""
+    """Write README.md; a folder without training.json (a checkpoint from elsewhere) stays as it
+    is."""
     if (folder / TRAINING_FILE).is_file():
         training = read_json(folder / TRAINING_FILE, "record of a training")
         scores = read_json(folder / SCORES_FILE, "scores of a tokenizer")
@@ -29,7 +29,7 @@ def write_card(folder: Path) -> None:
 
 
 def stage_of(training: dict) -> dict:
-    """Return what a later stage keeps of the record of a training."""
+    """Return the part of a training's record that later stages keep."""
     kept = {key: training[key] for key in ("steps", "minutes", "device")}
     return {"config": Path(training["config"]["output_dir"]).name, **kept}
 

@@ -1,4 +1,4 @@
-"""Configuration of a tokenizer pre-training run: the root that `python -m mmdit.scripts.train_vtp
+"""Configuration of a tokenizer pre-training run: the root, which `python -m mmdit.scripts.train_vtp
 --config` decodes, and its sections."""
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from mmdit.vtp_training.self_supervision import SelfSupervisionConfig
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The section `model:`: the keys of the checkpoint's config.json that size the network."""
+    """The section `model:`: those keys of the checkpoint's config.json that set the sizes of the
+    network."""
 
     # Width of the encoder.
     vision_embed_dim: int = 192
@@ -40,7 +41,7 @@ class NetworkConfig:
     vision_depth: int = 6
     # Heads of the encoder.
     vision_num_heads: int = 3
-    # Width of its MLP as a multiple of its own.
+    # Width of its MLP as a multiple of the encoder's width.
     vision_mlp_ratio: float = 4.0
     # Normalise queries and keys, which keeps attention bounded at the high learning rates of a
     # short run.
@@ -67,7 +68,7 @@ class NetworkConfig:
     def __post_init__(self):
         whole = [name for name, value in vars(self).items() if type(value) is int]
         least(self, 1, *whole)
-        least(self, 2, "text_context_length")  # a start and an end
+        least(self, 2, "text_context_length")  # for the start and end tokens
         least(self, 0, "vision_mlp_ratio", above=True)
         most(self, MOST_BLOCKS, "vision_depth", "decoder_depth", "text_depth", "vision_mlp_ratio")
         for part in ("vision", "decoder"):
@@ -88,13 +89,13 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """The section `train:`. The learning rate is a function of the step and of the planned number
-    of steps."""
+    """The section `train:`. The learning rate is a function of the step and the planned number of
+    steps."""
 
     # The planned number of steps.
     max_steps: int = 12000
-    # Plan as many steps as fit into so many minutes, by the speed measured early in the run; null
-    # does not.
+    # Plan as many steps as fit into this many minutes, at the speed that is measured early in the
+    # run; null plans `max_steps`.
     max_minutes: float | None = None
     # The learning rate.
     lr: float = 1.5e-3
@@ -106,9 +107,9 @@ class OptimizationConfig:
     weight_decay: float = 0.02
     # The decay of AdamW's second moments.
     beta2: float = 0.98
-    # The largest global norm of a gradient; 0 does not clip.
+    # The largest global norm of the gradient; 0 does not clip.
     clip_norm: float = 1.0
-    # More steps in a row without a finite gradient stop the run.
+    # Stop the run after more steps than this in a row without a finite gradient.
     max_skipped_steps: int = 10
     # Compile the network on a GPU.
     compile: bool = True
@@ -121,7 +122,7 @@ class OptimizationConfig:
     eval_every_steps: int = 1000
     # Steps between two checkpoints.
     save_every_steps: int = 2000
-    # Moving shapes that the exported checkpoint is scored on.
+    # The number of moving shapes on which the exported checkpoint is scored.
     evaluation_samples: int = 512
 
     def __post_init__(self):
@@ -144,12 +145,12 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The root of a tokenizer pre-training. A loss of weight 0 is not built, costs nothing and
-    leaves no tensor in the export."""
+    """The root of the configuration of a tokenizer pre-training. A loss with weight 0 is not built,
+    costs nothing and leaves no tensor in the export."""
 
     # The folder of the run.
     output_dir: FilePath = "runs/vtp_tiny_f16d64"
-    # An exported checkpoint folder of the same network to start from: a further stage.
+    # An exported checkpoint folder of the same network to start from, for a further stage.
     init_from: FilePath | None = None
     # Keys every random draw.
     seed: int = 0
@@ -157,22 +158,22 @@ class PretrainConfig:
     model: NetworkConfig = field(default_factory=NetworkConfig)
     # The pictures that it learns from, which are generated.
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    # The loss of the decoded picture.
+    # The loss between the decoded picture and the original.
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     # A discriminator, which sharpens the decoder in a last stage.
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    # The contrast of pictures and captions, which makes latents mean something.
+    # The contrast of pictures and captions, which gives latents meaning.
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     # Self-distillation, which needs no captions.
     self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
-    # The most Gaussian noise, in deviations of a channel, that latents get before they are decoded:
-    # a generator's latents are never exact. 0 is off.
+    # The largest amount of Gaussian noise, in standard deviations of a channel, that is added to
+    # latents before they are decoded, because the latents of a generator are never exact. 0 is off.
     latent_noise: float = 0.2
-    # Train the decoder alone: latents, their statistics and all caches stay as they are.
+    # Train the decoder alone: latents, their statistics and all caches stay valid.
     freeze_encoder: bool = False
     # Optimization, reports and checkpoints.
     train: OptimizationConfig = field(default_factory=OptimizationConfig)
-    # The moving average of the weights, which is what is exported.
+    # The moving average of the weights; it is what is exported.
     ema: EMAConfig = field(default_factory=EMAConfig)
 
     def __post_init__(self):
@@ -213,7 +214,8 @@ class PretrainConfig:
         check_sections(self)
 
     def without_part(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Yield why, in which section, and which keys of it nothing reads."""
+        """Yield, for keys that have no effect with this configuration, the reason, their section
+        and their names."""
         for loss in ("adversarial", "contrast", "self_supervision"):
             section = getattr(self, loss)
             if not section.weight:
@@ -236,7 +238,8 @@ class PretrainConfig:
         return Path(self.output_dir)
 
     def network(self) -> VTPConfig:
-        """Return the checkpoint's config.json. The text tower exists only when it is trained."""
+        """Return the contents of the checkpoint's config.json. The text tower exists only if it is
+        trained."""
         return VTPConfig(
             image_size=256,
             train_clip=self.contrast.weight > 0,

@@ -1,5 +1,5 @@
-"""A finished run as a checkpoint folder: config.json, model.safetensors, latent_stats.json, and
-where they come from: training.json, scores.json, README.md."""
+"""Export a finished run as a checkpoint folder: config.json, model.safetensors and
+latent_stats.json, with the records training.json, scores.json and README.md."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.tokenizer_scores import shapes_psnr, tokenizer_scores
 
 STATISTICS_FILE = "latent_stats.json"
-HALF_TOLERANCE = 0.01  # dB that storing float16 may cost
+HALF_TOLERANCE = 0.01  # dB of PSNR that storing float16 may cost
 
 
 def export_tokenizer(
     model: VTPModel, source: PictureSource, config: PretrainConfig, folder: Path, run: dict
 ) -> None:
-    """Write the folder. `run` holds steps, minutes and device, for the README."""
+    """Write the folder. `run`: steps, minutes and device, for the README."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
     if not config.contrast.keep_text_tower:
@@ -46,7 +46,7 @@ def export_tokenizer(
         same = checkpoint_folder(config.init_from) / STATISTICS_FILE
         if same.is_file():
             write_atomically(folder / STATISTICS_FILE, same.read_bytes())
-        else:  # it stays without: with them latents would be normalised otherwise
+        else:  # still without: statistics would change how its latents are normalised
             (folder / STATISTICS_FILE).unlink(missing_ok=True)
     else:
         write_json(folder / STATISTICS_FILE, channel_statistics(model, source))
@@ -58,7 +58,7 @@ def export_tokenizer(
 
 
 def _earlier_stages(config: PretrainConfig) -> dict:
-    """Return what `init_from` recorded of its own training, for the README."""
+    """Return what `init_from` recorded about its training, for the README."""
     record = Path(config.init_from or "") / TRAINING_FILE
     if not (config.init_from and record.is_file()):
         return {}
@@ -67,8 +67,8 @@ def _earlier_stages(config: PretrainConfig) -> dict:
 
 
 def without_text_tower(model: VTPModel) -> VTPModel:
-    """Return the same tokenizer with `train_clip` false; a model without a text tower comes back
-    equal."""
+    """Return the same tokenizer with `train_clip` false; a model without a text tower stays the
+    same."""
     config = VTPConfig.from_dict({**model.config.to_dict(), "train_clip": False})
     slim = VTPModel(config).to(model.device).eval()
     weights = model.state_dict()
@@ -77,8 +77,8 @@ def without_text_tower(model: VTPModel) -> VTPModel:
 
 
 def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors to store, float16 unless that costs more than HALF_TOLERANCE of PSNR, and
-    what is recorded of it."""
+    """Return the tensors to store, as float16 unless that costs more than HALF_TOLERANCE of PSNR,
+    and what to record about it."""
     sizes = tuple((width, height) for width, height, _ in config.images.sizes[:2])
     weights = model.state_dict()
     half = {name: t.half() if t.dtype == torch.float32 else t for name, t in weights.items()}
@@ -87,7 +87,7 @@ def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor],
     before, after = (shapes_psnr(m, 128, sizes) for m in (model, rounded))
     costs = [before[name] - after[name] for name in before]
     kept, dtype, cost = weights, "float32", 0.0
-    if all(cost <= HALF_TOLERANCE for cost in costs):  # of too large a weight it is no number
+    if all(cost <= HALF_TOLERANCE for cost in costs):  # false for nan, of weights too large
         kept, dtype, cost = half, "float16", max(costs)
     record = {"stored_as": dtype, "cost_of_storage_db": round(cost, 4)}
     return {name: t.cpu() for name, t in kept.items()}, record
@@ -95,8 +95,8 @@ def _stored(model: VTPModel, config: PretrainConfig) -> tuple[dict[str, Tensor],
 
 @torch.no_grad()
 def channel_statistics(model: VTPModel, source: PictureSource) -> dict:
-    """Return per-channel mean and standard deviation of the latents of training moving shapes, half
-    at each of the first two sizes."""
+    """Return mean and standard deviation of each channel of the latents of training moving shapes,
+    half of them at each of the first two sizes."""
     sizes = [tuple(size[:2]) for size in source.config.sizes[:2]]
     total, squares, count = torch.zeros(()), torch.zeros(()), 0
     for width, height in sizes:

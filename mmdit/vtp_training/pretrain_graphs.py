@@ -1,5 +1,5 @@
 """The losses of tokenizer pre-training and their gradients, replayed as CUDA graphs: launching the
-kernels of a step one by one takes the CPU several times as long as a GPU needs for them."""
+kernels of a step one by one takes the CPU several times as long as a GPU needs to compute them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdit.vtp_training.pretrain_learner import StepLosses, TokenizerLearner
 
 
 class StepKeys(dict[str, int]):
-    """The keys of a step's draws by their purposes. One is made when it is first asked for."""
+    """The keys of a step's draws, by purpose; each is computed when it is first asked for."""
 
     def __init__(self, seed: int, step: int):
         self.seed, self.step = seed, step
@@ -28,7 +28,7 @@ class StepKeys(dict[str, int]):
 
 @dataclass
 class Known:
-    """What the first call with pictures of a size has shown: the purposes of its draws, and the
+    """What the first call with pictures of a size revealed: the purposes of its draws, and the
     names of the losses."""
 
     purposes: tuple[str, ...]
@@ -36,9 +36,9 @@ class Known:
 
 
 class ReplayedLosses:
-    """`losses(target, tokens, facts, step)` are those of `learner`, without a discriminator. On
-    CUDA the third call with pictures of a size and those that follow are replayed, each with its
-    backward pass before the next."""
+    """`losses(target, tokens, facts, step)` returns the losses of `learner`, without a
+    discriminator. On CUDA, calls are replayed from the third one with pictures of a size on; the
+    backward pass of each must run before the next call."""
 
     def __init__(self, learner: TokenizerLearner):
         weights = learner.generator_parts().named_parameters()

@@ -1,5 +1,5 @@
-"""The model in training: one encoder pass feeds every loss. Axes: b picture, c latent channel, h, w
-latent rows and columns."""
+"""The model in training: all losses share one pass of the encoder. Axes: b picture, c latent
+channel, h, w latent rows and columns."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mmdit.vtp_training.self_supervision import SelfSupervision, taking_part
 
 
 def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
-    """Add Gaussian noise of `u · std_c` on `latents (b, c, h, w)`: u uniform in [0, amount] per
-    picture, std_c the batch's.
+    """Add Gaussian noise with the standard deviation `u · std_c` to `latents (b, c, h, w)`: u is
+    uniform in [0, amount] for each picture, std_c is that of the batch in each channel.
 
-    A generator's latents are never exact: a decoder that has seen noise ignores errors of that
-    size, and the encoder learns to spread what matters over the channels. The gradient flows
-    through std_c, so that the encoder gains nothing by scale.
+    The latents of a generator are never exact: a decoder trained with noise ignores errors of that
+    size, and the encoder learns to spread information over the channels. The gradient flows through
+    std_c, so that the encoder gains nothing by scaling its latents up.
     """
     if not amount:
         return latents
@@ -39,8 +39,8 @@ def noisy_latents(latents: Tensor, draws: Draws, amount: float) -> Tensor:
 
 @dataclass
 class StepLosses:
-    """`total` to differentiate; `parts` are scalars for the report; `pictures`, decoded and given
-    ones, are for the discriminator (None: the losses were replayed, which happens without one)."""
+    """`total`: the loss to differentiate; `parts`: scalars for the report; `pictures`: the
+    predicted and the target pictures, for the discriminator, or None."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -48,7 +48,8 @@ class StepLosses:
 
 
 class TokenizerLearner(nn.Module):
-    """The tokenizer and whatever else its losses train. Parts whose weight is 0 do not exist."""
+    """The tokenizer and the further networks that its losses train. Networks of losses with weight
+    0 are not built."""
 
     def __init__(self, config: PretrainConfig):
         super().__init__()
@@ -65,8 +66,8 @@ class TokenizerLearner(nn.Module):
         self.pixel_loss = reconstruction_loss
 
     def compile(self) -> None:
-        """Compile what repeats, one graph for each size: transformer blocks (shared by all blocks
-        of a kind) and the pixel loss."""
+        """Compile, with one graph for each size, the transformer blocks (which share graphs) and
+        the pixel loss."""
         torch._dynamo.config.recompile_limit = max(
             torch._dynamo.config.recompile_limit, 8 * len(self.config.images.sizes)
         )
@@ -77,7 +78,8 @@ class TokenizerLearner(nn.Module):
         self.pixel_loss = torch.compile(reconstruction_loss, dynamic=False)
 
     def generator_parts(self) -> nn.ModuleDict:
-        """Everything that the main optimizer trains (the teacher inside takes no gradient)."""
+        """Return all modules that the main optimizer trains (the teacher among them gets no
+        gradient)."""
         parts = {"model": self.model, "self_supervision": self.self_supervision}
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
@@ -89,9 +91,9 @@ class TokenizerLearner(nn.Module):
         draws: Draws,
         adversarial: bool = False,
     ) -> StepLosses:
-        """Return all losses of a step on the pictures `target (b, 3, H, W)`, which are normalized;
-        `tokens` and `facts` are those of a `PictureBatch`. `adversarial`: the last stage, with a
-        frozen encoder and the discriminator's opinion."""
+        """Return all losses of a step on the normalised pictures `target (b, 3, H, W)`; `tokens`
+        and `facts`: see `PictureBatch`. `adversarial`: the last stage, with a frozen encoder and
+        the discriminator's loss."""
         config = self.config
         trains_encoder = not (adversarial or config.freeze_encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_encoder):
@@ -110,7 +112,7 @@ class TokenizerLearner(nn.Module):
             parts["adversarial"] = -self._frozen_opinion(predicted).mean()
             total = total + config.adversarial.weight * parts["adversarial"]
         else:
-            if config.contrast.weight and len(facts):  # a step of few pictures has no shapes
+            if config.contrast.weight and len(facts):  # a step with few pictures may have no shapes
                 assert tokens is not None, "captions are made where this loss has a weight"
                 parts["contrast"] = self._contrast(features["x_norm_clstoken"], tokens, facts)
                 total = total + config.contrast.weight * parts["contrast"]
@@ -143,7 +145,8 @@ class TokenizerLearner(nn.Module):
         return self.discriminator
 
     def discriminator_loss(self, losses: StepLosses) -> Tensor:
-        """Return the discriminator's loss on the step's pictures, after the decoder's update."""
+        """Return the discriminator's loss on the pictures of the step, after the decoder's
+        update."""
         critic = self._critic()
         assert losses.pictures is not None, "an adversarial step is not replayed"
         decoded, given = losses.pictures

@@ -20,13 +20,13 @@ from mmdit.vtp_training.pretrain_report import PretrainReport
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.weights import parameter_count
 
-EXPORT = "export"  # the folder in that of a run
-EXPORT_SECONDS = 20  # kept back from max_minutes for the last evaluation and the export
+EXPORT = "export"  # subfolder of a run folder
+EXPORT_SECONDS = 20  # reserved from max_minutes for the last evaluation and the export
 
 
 def pretrain(config: PretrainConfig, device: torch.device, resume: bool = False) -> Path | None:
-    """Train to the planned last step, then export. Return the exported checkpoint folder, None if
-    the run was asked to stop before (continue with `resume`)."""
+    """Train to the planned last step, then export. Return the folder of the exported checkpoint, or
+    None if the run was asked to stop earlier (continue with `resume`)."""
     with hold(config.run_dir), StopRequest().listening() as stop:
         trainer = _prepare(config, device, resume)
         report, settings, began = PretrainReport(trainer), config.train, None
@@ -44,13 +44,13 @@ def pretrain(config: PretrainConfig, device: torch.device, resume: bool = False)
             if stop.asked and trainer.step < trainer.planned:
                 print(f"stopped on request at step {trainer.step}; continue with --resume")
                 return None
-        if report.scored_step != trainer.step:  # else a finished run is exported again
+        if report.scored_step != trainer.step:  # false when a finished run is exported again
             report.evaluate(min(256, settings.evaluation_samples), ends=True)
         return _export(trainer)
 
 
 def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> TokenizerTrainer:
-    """Build what is trained, or restore it, and make the first batch of every size."""
+    """Build or restore the trainer, and make the first batch of every size."""
     torch.set_float32_matmul_precision("high")
     trainer = TokenizerTrainer(config, device)
     if resume:
@@ -64,7 +64,7 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
     write_config(trainer.folder, to_yaml(config), done)
     record_start(trainer.folder, World(device=device), trainer.step, _about(config))
     if device.type == "cuda" and config.train.compile:
-        # without a working compiler the blocks run as they are
+        # without a working compiler, the blocks run uncompiled
         torch._dynamo.config.suppress_errors = True
         trainer.learner.compile()
     if device.type == "cuda" and config.train.replays:
@@ -86,7 +86,7 @@ def _prepare(config: PretrainConfig, device: torch.device, resume: bool) -> Toke
 
 
 def _about(config: PretrainConfig) -> str:
-    """Return in words what is learned from."""
+    """Return a description of the training pictures."""
     images = config.images
     sizes = [f"{width}x{height} ({weight:g})" for width, height, weight in images.sizes]
     shares = [f"{name} {share:g}" for name, share in vars(images.mix).items()]
@@ -97,7 +97,7 @@ def _about(config: PretrainConfig) -> str:
 
 
 def _export(trainer: TokenizerTrainer) -> Path:
-    """Export the averaged weights with what is known of the run."""
+    """Export the averaged weights with a record of the run; return the folder."""
     minutes, device = (time.perf_counter() - trainer.started) / 60, trainer.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     run = {"steps": trainer.step, "minutes": round(minutes, 1), "device": place}
@@ -109,7 +109,7 @@ def _export(trainer: TokenizerTrainer) -> Path:
 
 def calibrate(trainer: TokenizerTrainer, began: float | None) -> float | None:
     """Measure the speed between early steps, and set the planned number of steps to what fits into
-    max_minutes. Return when the measurement in progress began; None: there is none."""
+    max_minutes. Return the time at which the current measurement began, or None without one."""
     limit = trainer.config.train.max_minutes
     begins, ends = trainer.step in trainer.windows, trainer.step in trainer.windows.values()
     if limit is None or not (begins or ends):

@@ -1,4 +1,4 @@
-"""The losses that act on pictures and captions, and the small networks that only training needs."""
+"""Losses on pictures and captions, and the small networks that only training needs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mmdit.config import ConfigError, Section, least
 class ReconstructionConfig:
     """The section `reconstruction:`."""
 
-    # Weight of the whole.
+    # Weight of the whole loss.
     weight: float = 1.0
     # Weight of the absolute error.
     l1: float = 1.0
     # Weight of the squared error.
     l2: float = 1.0
-    # Weight of the error of the picture's differences, which asks for sharp edges in the right
-    # place.
+    # Weight of the error of the picture's horizontal and vertical differences, which rewards sharp
+    # edges in the right places.
     gradient: float = 1.0
-    # Halvings of the picture at which differences are compared.
+    # The number of halvings of the picture at which differences are compared.
     levels: int = 3
 
     def __post_init__(self):
@@ -46,14 +46,15 @@ def reconstruction_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return `(loss, squared error per picture (B,))` of float32 `(B, 3, H, W)`.
 
-    L1 is robust, L2 is PSNR itself and punishes the few wrong pixels of an edge, and the structural
-    term compares horizontal and vertical differences on a pyramid of `levels` halvings: it asks for
-    edges of the right place and steepness.
+    L1 is robust. L2 corresponds to PSNR, and punishes the few wrong pixels of an edge. The gradient
+    term compares horizontal and vertical differences on a pyramid of `levels` scales, each half of
+    the last: it rewards edges with the right place and steepness.
     """
     difference = predicted - target
     squared = difference.square().mean((1, 2, 3))
     loss = l1 * difference.abs().mean() + l2 * squared.mean()
-    # Differences are linear: comparing the pictures' gradients is the gradient of their difference.
+    # Differences are linear: the difference of two pictures' gradients is the gradient of their
+    # difference.
     for _ in range(levels):
         loss = loss + gradient / levels * (
             difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
@@ -69,9 +70,9 @@ class ContrastConfig(Section):
 
     # Weight of the loss; 0 is off.
     weight: float = 0.0
-    # The most pairs of a step.
+    # The most pairs in a step.
     pairs: int = 512
-    # Keep the text tower in the exported checkpoint, which is larger for it.
+    # Keep the text tower in the exported checkpoint, which makes that larger.
     keep_text_tower: bool = False
 
     def __post_init__(self):
@@ -79,7 +80,7 @@ class ContrastConfig(Section):
         least(self, 2, "pairs")
 
     def check(self, run: Any) -> None:
-        """Refuse pairs where no picture has a caption."""
+        """Refuse this loss if no picture has a caption."""
         if self.weight and run.images.mix.shapes <= 0:
             raise ConfigError(
                 "contrast.weight",
@@ -89,9 +90,9 @@ class ContrastConfig(Section):
 
 
 def contrast_loss(image: Tensor, text: Tensor, scale: Tensor, facts: Tensor) -> Tensor:
-    """Return the symmetric cross entropy of `scale · image · textᵀ` for unit rows `(N, T)`. Moving
-    shapes have few hundred combinations of facts, so a batch holds many equal ones: every pair with
-    the same `facts (N,)` is a positive.
+    """Return the symmetric cross entropy of `scale · image · textᵀ` for rows of unit length, `(N,
+    T)`. Moving shapes have only a few hundred combinations of facts, so a batch holds many equal
+    ones: all pairs with the same `facts (N,)` are positives.
     """
     logits = scale * image @ text.T
     same = (facts[:, None] == facts[None, :]).float()
@@ -106,7 +107,7 @@ class AdversarialConfig:
 
     # Weight of the loss; 0 is off.
     weight: float = 0.0
-    # The share of the planned steps after which the stage begins.
+    # The share of the planned steps after which this stage begins.
     start: float = 0.8
     # The learning rate of the discriminator.
     lr: float = 4e-4
@@ -119,8 +120,8 @@ class AdversarialConfig:
 
 
 class PatchDiscriminator(nn.Module):
-    """`(B, 3, H, W)` normalised pixels to a field of scores, each of 22 pixels a side; spectral
-    norm (Miyato et al. 2018)."""
+    """Maps normalised pixels `(B, 3, H, W)` to a field of scores, each of which sees 22 by 22
+    pixels; with spectral norm (Miyato et al. 2018)."""
 
     def __init__(self, width: int = 64):
         super().__init__()

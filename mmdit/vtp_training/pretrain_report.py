@@ -1,4 +1,4 @@
-"""Write what a tokenizer pre-training reports: metrics.jsonl, progress lines, held-out scores,
+"""Write the reports of a tokenizer pre-training: metrics.jsonl, progress lines, held-out scores and
 pictures."""
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mmdit.training.run_folder import ENDED_BY
 from mmdit.vtp_training.pretrain_trainer import TokenizerTrainer
 from mmdit.vtp_training.tokenizer_scores import reconstruct, shapes_psnr
 
-HELD_OUT = "held_out_psnr"  # what a record of an evaluation has
+HELD_OUT = "held_out_psnr"  # the key that marks the record of an evaluation
 
 
 def five_digits(value: float) -> float | None:
-    """Return a number as metrics have it, with five digits; None for one that is not finite."""
+    """Return a number rounded to five digits, as metrics store it; None if it is not finite."""
     if not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
 class PretrainReport:
-    """Losses are read from the device once per report. Records of steps that are done again, after
-    a kill, and a line that it has torn are dropped. `scored_step`: the last one that was evaluated,
-    -1 before."""
+    """Writes the reports; losses are read from the device once per report. On opening, records of
+    steps that will be repeated after a kill, and a line that it tore, are dropped. `scored_step`:
+    the last step that was evaluated, -1 before the first."""
 
     def __init__(self, trainer: TokenizerTrainer):
         self.trainer, self.path = trainer, refuse_link(trainer.folder / "metrics.jsonl")
@@ -52,7 +52,7 @@ class PretrainReport:
                             self.scored_step = record["step"]
         write_atomically(self.path, "".join(kept))
         self.since, self.at_step = time.perf_counter(), trainer.step
-        self.skipped: list[Tensor] = []  # of each step since the last report
+        self.skipped: list[Tensor] = []  # one flag for each step since the last report
         self.bad_in_a_row = 0
 
     def _write(self, record: dict) -> None:
@@ -66,7 +66,7 @@ class PretrainReport:
             ) from error
 
     def progress(self, scalars: dict[str, Tensor]) -> None:
-        """Report the last step and the speed since the report before. RunError: too many steps had
+        """Report the last step, and the speed since the last report. RunError if too many steps had
         no finite gradient."""
         trainer, now = self.trainer, time.perf_counter()
         values = {name: float(value) for name, value in scalars.items()}
@@ -96,8 +96,8 @@ class PretrainReport:
         )
 
     def _stop_if_bad(self, skipped: list[float]) -> None:
-        """Raise RunError after too many steps in a row whose gradient was not finite, or when all
-        since the last report were such."""
+        """Raise RunError after too many steps in a row without a finite gradient, or if all steps
+        since the last report had none."""
         limit = self.trainer.config.train.max_skipped_steps
         for bad in skipped:
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
@@ -113,8 +113,8 @@ class PretrainReport:
             )
 
     def evaluate(self, count: int, ends: bool = False) -> None:
-        """Score the averaged weights on held-out moving shapes, and draw a preview. The time counts
-        as none of the training. `ends`: it was the last planned step."""
+        """Score the averaged weights on held-out moving shapes, and draw a preview. This time is
+        not counted in the speed of the training. `ends`: this is the last planned step."""
         started, trainer = time.perf_counter(), self.trainer
         model = trainer.averaged_model()
         squares = [(w, h) for w, h, _ in trainer.config.images.sizes if w == h]
@@ -134,7 +134,7 @@ class PretrainReport:
         self.since += time.perf_counter() - started
 
     def _preview(self, model: VTPModel) -> None:
-        """Draw samples/step_N.png: made pictures above their reconstructions."""
+        """Draw samples/step_N.png: generated pictures above their reconstructions."""
         width, height, _ = self.trainer.config.images.sizes[0]
         pictures = self.trainer.source.batch(0, (width, height)).pixels
         pictures = pictures[:: max(1, len(pictures) // 16)][:16]

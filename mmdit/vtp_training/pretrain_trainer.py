@@ -1,4 +1,4 @@
-"""All that a tokenizer pre-training moves, one step of it, and how it is saved. Step `s` is a
+"""The state of a tokenizer pre-training, one step of it, and its checkpoints. Step `s` is a
 function of (config, s, state): resume is exact."""
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from mmdit.vtp_training.pretrain_config import PretrainConfig
 from mmdit.vtp_training.pretrain_graphs import ReplayedLosses
 from mmdit.vtp_training.pretrain_learner import StepLosses, TokenizerLearner
 
-# Between these steps the speed is measured that turns max_minutes into a number of steps. The
-# second time corrects the first for what else shares the machine; both are early enough that the
-# learning rate hardly moves.
+# The steps between which the speed is measured, to turn max_minutes into a number of steps. The
+# second measurement corrects the first for other load on the machine; both are so early that the
+# learning rate hardly depends on the plan yet.
 CALIBRATION = {40: 120, 600: 800}  # begin: end
-# keys that may differ between a run and its continuation
+# keys that may change when a run is continued
 FREE_KEYS = (
     "output_dir",
     "planned_steps",
@@ -51,9 +51,9 @@ FREE_KEYS = (
 
 
 class TokenizerTrainer:
-    """`planned`: the number of steps, by which the learning rate falls. `windows`: those of
-    CALIBRATION that are still to be measured. `rate`: the learning rate of the last step. `critic`:
-    the discriminator, if there is one."""
+    """`planned`: the number of steps, on which the decay of the learning rate depends. `windows`:
+    the windows of CALIBRATION that have not been measured yet. `rate`: the learning rate of the
+    last step. `critic`: the discriminator, if there is one."""
 
     def __init__(self, config: PretrainConfig, device: torch.device):
         self.config, self.device, self.folder = config, device, config.run_dir
@@ -96,7 +96,7 @@ class TokenizerTrainer:
         return rate.at(self.step + 1)
 
     def advance(self) -> dict[str, Tensor]:
-        """Take one optimizer step and return scalars that stay on the device."""
+        """Take one optimizer step; return scalars, which stay on the device."""
         self.rate = self.learning_rate()
         self.optimizer.set_lr(self.rate)
         begins = self.config.adversarial.start * self.planned
@@ -145,14 +145,15 @@ class TokenizerTrainer:
         assert optimizer is not None, "there is a critic"
         optimizer.zero_grad()
         loss.backward()
-        # a number that is not finite would stay in its weights, and in all later losses
+        # a number that is not finite would stay in the discriminator's weights, and spoil all later
+        # losses
         clip_and_guard(optimizer, 0)
         optimizer.step()
         return loss.detach()
 
     def prepare(self) -> None:
-        """Render the pools and, on CUDA, compile for every size: neither then disturbs the measured
-        speed. No state changes."""
+        """Render the pools and, on CUDA, compile for every size, so that neither disturbs the
+        measured speed. No state changes."""
         for width, height, _ in self.config.images.sizes:
             batch = self.source.batch(0, (width, height))
             if self.device.type == "cuda":
@@ -167,7 +168,7 @@ class TokenizerTrainer:
 
     # ── checkpoints ───────────────────────────────────────────────────────────────────────────────
     def save(self) -> None:
-        """Write a checkpoint; the last two stay."""
+        """Write a checkpoint; the last two are kept."""
         files = {
             "model": self.learner.state_dict(),
             "ema": self.ema.shadow,
@@ -182,8 +183,8 @@ class TokenizerTrainer:
         checkpoint.save(self.folder, meta, files, keep_last=2)
 
     def restore(self) -> None:
-        """Continue from the newest whole checkpoint of the output folder. ValueError: there is
-        none, or it is of another run."""
+        """Continue from the newest undamaged checkpoint in the output folder. ValueError if there
+        is none, or if it belongs to another run."""
         folder = checkpoint.latest(self.folder, None)
         if folder is None:
             raise ValueError(
@@ -191,7 +192,7 @@ class TokenizerTrainer:
                 " to start"
             )
         meta = checkpoint.Meta.read(folder)
-        free: tuple[str, ...] = FREE_KEYS  # and what nothing reads, which earlier versions took
+        free: tuple[str, ...] = FREE_KEYS  # and idle keys, which earlier versions accepted
         for _, section, names in self.config.without_part():
             free += tuple(f"{section}.{name}:" for name in names)
         changed = [
@@ -220,9 +221,10 @@ class TokenizerTrainer:
 
 
 def windows_after(step: int, anew: bool) -> dict[int, int]:
-    """Return the windows of `CALIBRATION` that a run resumed at `step` has still to measure. One
-    that was begun is measured as long after the resume as the first is after the start; so is the
-    first one, if none is left and the limit is another (`anew`).
+    """Return the windows of `CALIBRATION` that a run resumed at `step` must still measure. A window
+    that had begun is measured again, as long after the resume as the first window is after the
+    start. The same holds for the first window if none is left and the time limit has changed
+    (`anew`).
     """
     first, *_ = CALIBRATION
     left = {begin: end for begin, end in CALIBRATION.items() if end > step}

@@ -1,9 +1,8 @@
 """Self-distillation on class tokens (DINO, Caron et al. 2021) and on masked patches (iBOT, Zhou et
 al. 2022).
 
-One trunk and one prototype head serve both terms. The teacher is an average of the student; its
-assignments are balanced by Sinkhorn-Knopp (Caron et al. 2020). Both act on features before the
-bottleneck.
+Both terms use the same trunk and prototype head, and features before the bottleneck. The teacher is
+an average of the student; its assignments are balanced by Sinkhorn-Knopp (Caron et al. 2020).
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ class SelfSupervisionConfig:
     weight: float = 0.0
     # The share of a step's pictures that take part.
     fraction: float = 0.25
-    # Number of classes that student and teacher agree on.
+    # The number of classes by which student and teacher describe a picture.
     prototypes: int = 2048
-    # How much of the teacher stays at each step.
+    # The share of the teacher that is kept at each step.
     momentum: float = 0.996
     # Temperature of the student's softmax.
     student_temperature: float = 0.1
     # Temperature of the teacher's softmax.
     teacher_temperature: float = 0.06
-    # Small crops of a picture, beside two large ones.
+    # The number of small crops of a picture, in addition to two large ones.
     local_crops: int = 2
-    # The share of patches that are masked, from … to.
+    # The least and the greatest share of patches that are masked.
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     # The smallest side of a large crop, as a share of the picture's.
     crop_scale: float = 0.5
@@ -60,8 +59,8 @@ class SelfSupervisionConfig:
 
 
 def taking_part(count: int, share: float, device: torch.device) -> Tensor:
-    """Return which of `count` pictures take part: so large a share, 1 at least, evenly spread, for
-    a batch has one sort of picture after the other."""
+    """Return which of `count` pictures take part: a share `share` of them, at least one. They are
+    spread evenly, because a batch is sorted by kinds of pictures."""
     places = (torch.arange(count, dtype=torch.float64, device=device) / share).round()
     # counted once more without tensors, which would have to wait for a GPU
     number = sum(round(index / share) < count for index in range(count))
@@ -84,8 +83,8 @@ def hidden_patches(
 def random_crops(
     images: Tensor, draws: Draws, purpose: str, low: float, high: float, size: tuple[int, int]
 ) -> Tensor:
-    """Return crops `(B, 3, *size)`, sides `low … high` of the picture's, half of them mirrored,
-    with other contrast and tint."""
+    """Return crops `(B, 3, *size)` with sides of `low … high` times the picture's, half of them
+    mirrored, with random contrast and tint."""
     side = low + (high - low) * draws.uniform(f"{purpose}/side", 1)
     centre = (2 * draws.uniform(f"{purpose}/centre", 2) - 1) * (1 - side)
     mirror = 1 - 2 * (draws.uniform(f"{purpose}/mirror", 1) < 0.5).float()
@@ -100,8 +99,8 @@ def random_crops(
 
 @torch.no_grad()
 def balanced_assignments(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
-    """Map `logits (N, K)`, by Sinkhorn-Knopp, to rows that sum to 1 while all columns get the same
-    mass."""
+    """Map `logits (N, K)` by Sinkhorn-Knopp to rows that sum to 1, such that all columns have the
+    same sum."""
     scores = (logits.float() / temperature).T
     scores = torch.exp(scores - scores.max())
     for _ in range(rounds):
@@ -111,13 +110,14 @@ def balanced_assignments(logits: Tensor, temperature: float, rounds: int = 3) ->
 
 
 def cross_entropy(student: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Return the loss of rows of `student` logits against rows of `target` probabilities."""
+    """Return the mean cross entropy of rows of `student` logits against rows of `target`
+    probabilities."""
     return -(target * F.log_softmax(student.float() / temperature, dim=-1)).sum(-1).mean()
 
 
 class SelfSupervision(nn.Module):
-    """Student head, and the teacher copies of trunk and head. The student trunk belongs to the
-    model and is passed in."""
+    """The student's head, and the teacher's copies of trunk and head. The student's trunk belongs
+    to the model and is passed in."""
 
     def __init__(self, config: SelfSupervisionConfig, trunk: DinoVisionTransformer):
         super().__init__()
@@ -127,7 +127,7 @@ class SelfSupervision(nn.Module):
         self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
 
     def begin_from(self, trunk: nn.Module) -> None:
-        """Give the teacher the student's weights, where these were replaced since it was made."""
+        """Copy the student's weights to the teacher, after they were replaced."""
         self.teacher_trunk.load_state_dict(trunk.state_dict())
 
     def loss(
@@ -159,7 +159,7 @@ class SelfSupervision(nn.Module):
         for index in range(config.local_crops):
             crop = random_crops(images, draws, f"local{index}", 0.25, scale, (rows, columns))
             seen = trunk(crop, is_training=True, use_bottleneck=False)
-            logits = self.head(seen["x_norm_clstoken"])  # it answers for both large crops
+            logits = self.head(seen["x_norm_clstoken"])  # predicts both large crops
             class_losses.append(cross_entropy(logits, (first + second) / 2, temperature))
         return torch.stack(class_losses).mean(), patch_loss
 
@@ -176,8 +176,8 @@ class SelfSupervision(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, trunk: nn.Module, progress: float) -> None:
-        """Average the student in; the momentum rises to 1 along half a cosine of the run's
-        `progress` in [0, 1]."""
+        """Move the teacher's average towards the student. The momentum rises to 1 along half a
+        cosine of the run's `progress` in [0, 1]."""
         momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2
         for teacher, student in ((self.teacher_trunk, trunk), (self.teacher_head, self.head)):
             torch._foreach_lerp_(

@@ -1,7 +1,8 @@
-"""Synthetic pictures made on the device: gradients, noise, patterns and piles of flat objects.
+"""Synthetic pictures, generated on the device: gradients, noise, patterns and piles of flat
+objects.
 
-Every function takes keyed draws for N pictures (0 too) and gives `(N, 3, H, W)` in [0, 1]. Axes: n
-picture, h row, w column.
+Every function takes keyed draws for N pictures (N may be 0) and returns `(N, 3, H, W)` in [0, 1].
+Axes: n picture, h row, w column.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from mmdit.rng import Draws
 
 
 def pixel_grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `x, y (H, W)` of pixel centres in units of the short side, origin at the picture's
-    centre."""
+    """Return `x, y (H, W)`: the centres of pixels in units of the short side, with the origin at
+    the centre of the picture."""
     short = min(height, width)
     y = (torch.arange(height, device=device) + 0.5 - height / 2) / short
     x = (torch.arange(width, device=device) + 0.5 - width / 2) / short
@@ -26,7 +27,7 @@ def pixel_grid(height: int, width: int, device: torch.device) -> tuple[Tensor, T
 
 def palette(draws: Draws, purpose: str, count: int) -> Tensor:
     """Return `(N, count, 3)` colours. A third of them are pushed towards the faces of the colour
-    cube: real pictures hold black, white and saturated colours, which a uniform draw never
+    cube: real pictures contain black, white and saturated colours, which a uniform draw hardly ever
     gives."""
     colours = draws.uniform(f"{purpose}/colour", count, 3)
     extreme = ((colours - 0.5) * 4 + 0.5).clamp(0, 1)
@@ -34,7 +35,7 @@ def palette(draws: Draws, purpose: str, count: int) -> Tensor:
 
 
 def _rotate(draws: Draws, purpose: str, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return pixel coordinates `(N, H, W)` turned by a random angle per picture."""
+    """Return pixel coordinates `(N, H, W)`, rotated by a random angle for each picture."""
     x, y = pixel_grid(height, width, draws.indices.device)
     return _turned_by(_angle(draws, purpose), x, y)
 
@@ -48,8 +49,8 @@ def _turned_by(angle: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradients(draws: Draws, height: int, width: int) -> Tensor:
-    """Return two linear or radial blends between random colours, one over the other; one picture in
-    four is a single flat colour."""
+    """Return two linear or radial blends between random colours, one over the other; every fourth
+    picture is a single flat colour."""
     colours = palette(draws, "gradient", 3)[..., None, None]
     result = colours[:, 0].expand(-1, -1, height, width)
     for layer in (1, 2):
@@ -66,8 +67,8 @@ def gradients(draws: Draws, height: int, width: int) -> Tensor:
 
 
 def _magnify(grid: Tensor, height: int, width: int) -> Tensor:
-    """Interpolate many small grids bicubically, as two matrix products (torch's CUDA kernel visits
-    pictures one after another)."""
+    """Interpolate many small grids bicubically, as two matrix products (torch's CUDA kernel
+    processes pictures one after the other)."""
 
     def weights(size: int, length: int) -> Tensor:
         unit = torch.eye(size, device=grid.device)[None, :, :, None]
@@ -77,8 +78,8 @@ def _magnify(grid: Tensor, height: int, width: int) -> Tensor:
 
 
 def clouds(draws: Draws, height: int, width: int) -> Tensor:
-    """Return value noise over octaves whose amplitude falls by a random power of frequency: smooth
-    clouds to coarse sand.
+    """Return value noise over octaves, with an amplitude that falls by a random power of frequency:
+    from smooth clouds to coarse sand.
 
     Channels share most of their structure, as in photographs (a random mixing matrix with a strong
     grey component).
@@ -88,7 +89,7 @@ def clouds(draws: Draws, height: int, width: int) -> Tensor:
     result = torch.zeros(count, 3, height, width, device=device)
     power = torch.zeros_like(decay)
     cells, octave, short = 2, 0, min(height, width)
-    while cells <= short // 2:  # finer noise is incompressible: it would only blunt the rest
+    while cells <= short // 2:  # finer noise cannot be compressed, and would only blur the rest
         rows, columns = (max(2, cells * side // short) for side in (height, width))
         grid = draws.normal(f"cloud/{octave}", 3, rows, columns)
         result = result + decay**octave * _magnify(grid, height, width)
@@ -103,14 +104,14 @@ def clouds(draws: Draws, height: int, width: int) -> Tensor:
 
 
 def _one_each(choices: Tensor, chance: Tensor) -> Tensor:
-    """Return of `choices (K, N, …)` one for each picture, by `chance (N, 1)` in [0, 1)."""
+    """Return one of `choices (K, N, …)` for each picture, by `chance (N, 1)` in [0, 1)."""
     place = (chance[:, 0] * len(choices)).long()
     return choices[place, torch.arange(len(place), device=place.device)]
 
 
 def patterns(draws: Draws, height: int, width: int) -> Tensor:
-    """Return stripes, checkerboards, rings and plaids of two colours with hard or soft edges; at
-    least five pixels a period."""
+    """Return stripes, checkerboards, rings and plaids in two colours with hard or soft edges, and
+    periods of at least five pixels."""
     u, v = _rotate(draws, "pattern", height, width)
     shift = draws.normal("pattern/shift", 2, 1, 1) * 0.3
     u, v = u + shift[:, 0], v + shift[:, 1]
@@ -121,7 +122,8 @@ def patterns(draws: Draws, height: int, width: int) -> Tensor:
     rings = torch.sin(2 * math.pi * frequency[:, 0] * torch.hypot(u, v))
     waves = torch.stack([along, along * across, rings, (along + across) / 2])
     wave = _one_each(waves, draws.uniform("pattern/kind", 1))
-    # An edge one pixel wide has this slope: the sine crosses zero at 2π·frequency per short side.
+    # This is the slope of an edge one pixel wide: the sine crosses zero with 2π·frequency per short
+    # side.
     sharp = min(height, width) / (2 * math.pi * frequency.amax(1))
     hardness = torch.where(draws.uniform("pattern/soft", 1, 1) < 0.3, torch.ones_like(sharp), sharp)
     duty = draws.normal("pattern/duty", 1, 1) * 0.3
@@ -131,8 +133,8 @@ def patterns(draws: Draws, height: int, width: int) -> Tensor:
 
 
 def _object_alpha(draws: Draws, name: str, height: int, width: int) -> Tensor:
-    """Return the coverage `(N, H, W)` of one object each: ellipse, polygon, star, ring or stroke,
-    edges one pixel wide."""
+    """Return the coverage `(N, H, W)` of one object for each picture: ellipse, polygon, star, ring
+    or stroke, with edges one pixel wide."""
     u, v = _rotate(draws, name, height, width)
     size = torch.tensor([width, height], device=u.device)[:, None, None]
     place = (draws.uniform(f"{name}/place", 2, 1, 1) - 0.5) * size / min(height, width)
@@ -157,8 +159,8 @@ def _object_alpha(draws: Draws, name: str, height: int, width: int) -> Tensor:
 
 
 def piles(draws: Draws, background: Tensor, objects: int) -> Tensor:
-    """Return `background (N, 3, H, W)` with up to `objects` random objects on it, each flat or
-    shaded, some see-through."""
+    """Return `background (N, 3, H, W)` with up to `objects` random objects over it, flat or shaded,
+    some of them half transparent."""
     height, width = background.shape[-2:]
     x, y = pixel_grid(height, width, background.device)
     colours = palette(draws, "pile", objects)
@@ -177,8 +179,8 @@ def piles(draws: Draws, background: Tensor, objects: int) -> Tensor:
 
 
 def jitter(draws: Draws, images: Tensor) -> Tensor:
-    """Change contrast, brightness and saturation at random, with a little grain on one picture in
-    five."""
+    """Change contrast, brightness and saturation at random, and add a little grain to every fifth
+    picture."""
     contrast = 0.7 + 0.5 * draws.uniform("jitter/contrast", 1, 1, 1)
     brightness = draws.normal("jitter/brightness", 3, 1, 1) * 0.05
     grey = images.mean(1, keepdim=True)

@@ -1,8 +1,9 @@
-"""Measure how good a tokenizer is: PSNR of pictures, and what an oracle still reads from them.
+"""Measure the quality of a tokenizer: PSNR of pictures, and what an oracle still recognises in
+them.
 
-PSNR is per picture, after clamping to [0, 1], then the mean over pictures. Moving shapes are drawn
-with a seed that training never uses; half of them show (colour, shape) pairs that training never
-shows. Accuracies are read from the decoded pixels.
+PSNR is computed for each picture, after clamping to [0, 1], and then averaged over pictures. Moving
+shapes are drawn with a seed that training never uses; half of them show (colour, shape) pairs that
+training never shows. Accuracies are measured on the decoded pixels.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ CHUNK_PIXELS = 1 << 23
 
 
 def psnr(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return dB `(B,)` of `(B, 3, H, W)` in [0, 1]; an exact copy counts as 100 dB."""
+    """Return PSNR in dB, `(B,)`, of `(B, 3, H, W)` in [0, 1]; an exact copy counts as 100 dB."""
     return -10 * torch.log10((predicted - target).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
 @torch.no_grad()
 def reconstruct(model: VTPModel, pixels: Tensor) -> Tensor:
-    """Encode and decode `(B, 3, H, W)` in [0, 1], in float32, a few pictures at a time."""
+    """Encode and decode `(B, 3, H, W)` in [0, 1], in float32, a few pictures at a time; return the
+    result."""
     chunk = max(1, CHUNK_PIXELS // (pixels.shape[-1] * pixels.shape[-2]))
     parts = []
     for part in pixels.split(chunk):
@@ -46,8 +48,8 @@ def reconstruct(model: VTPModel, pixels: Tensor) -> Tensor:
 def held_out_shapes(
     count: int, width: int, height: int, video: bool = False
 ) -> list[moving_shapes.Facts]:
-    """Return facts that no training run sees: half `train` pairs under another seed, half held-out
-    pairs."""
+    """Return facts that no training run sees: half with `train` pairs under another seed, half with
+    held-out pairs."""
     seed = key("vtp evaluation")
     size: dict[str, Any] = {"width": width, "height": height, "video": video}
     seen = moving_shapes.draw(seed, range(count - count // 2), split="train", **size)
@@ -68,8 +70,8 @@ def shapes_psnr(
 
 
 def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
-    """Return what the oracle reads from decoded pictures and clips, by size: accuracies of the
-    attributes and of all together."""
+    """Return how often the oracle recognises decoded pictures and clips, by size: accuracies of the
+    attributes, and of all together."""
     scores = {}
     for side in ORACLE_SIZES:
         for media, frames in (("image", 1), ("video", CLIP_FRAMES)):
@@ -82,8 +84,8 @@ def oracle_scores(model: VTPModel, count: int) -> dict[str, dict]:
 
 
 def folder_scores(model: VTPModel, folder: Path, side: int = 256) -> dict:
-    """Return the mean, lowest and highest PSNR over a folder of pictures, cut to squares from their
-    middle."""
+    """Return the mean, lowest and highest PSNR over the pictures in a folder, of which the middle
+    squares are used."""
     pictures = (picture[None].to(model.device) for picture in folder_pictures(folder, side, side))
     values = [float(psnr(reconstruct(model, pixels), pixels)) for pixels in pictures]
     return {
@@ -97,8 +99,8 @@ def folder_scores(model: VTPModel, folder: Path, side: int = 256) -> dict:
 
 
 def tokenizer_scores(model: VTPModel, count: int = 512, images: Path | None = None) -> dict:
-    """Return all scores, ready for JSON."""
-    # first: what is wrong is said before the minutes that the scores take
+    """Return all scores, ready for JSON. ValueError if a weight is not finite."""
+    # first, so that the error comes before the minutes that the scores take
     for name, weight in model.state_dict().items():
         if not is_finite(weight):
             raise ValueError(f"the tokenizer's weight {name} holds nan or infinity: take another")

@@ -57,7 +57,8 @@ class SourceConfig:
 class DataConfig(Section):
     """The section `data:`."""
 
-    # Hold the whole cache in memory; `auto`: if all sources together take at most a quarter of it.
+    # Hold the whole cache in memory; `auto`: if all sources together take at most a quarter of the
+    # memory.
     in_memory: Literal["auto", True, False] = "auto"
     # The sources to train on, in place of `--train_cache_dir`.
     sources: tuple[SourceConfig, ...] = ()

@@ -42,7 +42,7 @@ class CaptionsConfig(Section):
     token_dropout: float = 0.0
     # Whether tokens come in a new order at each step.
     shuffle: bool = False
-    # The first tokens, this many, are neither left out nor moved.
+    # The number of leading tokens that are neither left out nor moved.
     keep_first: int = 0
 
     def __post_init__(self):

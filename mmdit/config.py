@@ -1,10 +1,10 @@
-"""YAML ↔ frozen dataclasses. Decoded once, at the edge; whatever is wrong stops the run with file,
-line and dotted path.
+"""YAML ↔ frozen dataclasses. A config is decoded once, at the edge of the program; any mistake
+stops the run with file, line and dotted path.
 
-A config class is a frozen dataclass that sits beside the code it configures and holds the defaults.
+A config class is a frozen dataclass beside the code that it configures, and holds the defaults.
 Supported field types: bool, int, float, str, Literal, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
 dataclasses, and unions of dataclasses told apart by their `type: Literal[...]` field. Checks
-between the fields of one class go into its `__post_init__`, checks between sections into
+between fields of one class belong in its `__post_init__`, checks between sections in
 `Section.check`; both raise `ConfigError`.
 """
 
@@ -28,14 +28,14 @@ from mmdit.shipped import find
 
 if typing.TYPE_CHECKING:
     FilePath = str
-else:  # the name of a file or folder, in which `~` is the home folder
+else:  # the name of a file or folder, which may begin with `~`
     FilePath = typing.NewType("FilePath", str)
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_DIGITS = 1 << 20, 100_000, 32, 4000
 
 
 class ConfigError(ValueError):
-    """A mistake in what a person wrote: `path` (dotted), what is wrong with both values, and what
-    to do."""
+    """A mistake in what a person wrote: `path` (dotted), and a `message` that says what is wrong,
+    with both values, and what to do."""
 
     def __init__(self, path: str, message: str):
         self.path, self.message = shortened(path, 400), shortened(message, 4000)
@@ -49,30 +49,30 @@ class Section:
     """The base of the dataclasses that are sections of a configuration."""
 
     def check(self, run: Any) -> None:
-        """Raise ConfigError where this section does not go with another section of `run`.
+        """Raise ConfigError if this section contradicts another section of `run`.
 
         `run` is the whole configuration, an `experiment.experiment_config.ExperimentConfig`: its
-        attributes are the sections, named as in the YAML file. (Its type stands above the sections,
-        which therefore cannot import it.) Paths are dotted from the root. The root asks every
-        section when all of them are decoded.
+        attributes are the sections, named as in the YAML file. (Its type belongs to a higher layer,
+        so sections cannot import it.) Paths are dotted from the root. When all sections are
+        decoded, the root calls this method of each.
         """
 
 
 def check_sections(run: Any) -> None:
-    """Ask every section of `run`, in the order of its fields, whether it goes with the others."""
+    """Call `check` of every section of `run`, in the order of its fields."""
     for field in dataclasses.fields(run):
         section = getattr(run, field.name)
         if isinstance(section, Section):
             section.check(run)
 
 
-MOST_INT = 2**63 - 1  # what arrays and files can hold
-MOST_BLOCKS = 10_000  # of a network, which more would take memory without end
+MOST_INT = 2**63 - 1  # the most that arrays and files can hold
+MOST_BLOCKS = 10_000  # of a network: a guard against configs that would exhaust the memory
 
 
 def least(section: object, bound: float, *names: str, above: bool = False) -> None:
-    """ConfigError for a number of `section` below `bound` (or, with `above`, not above it); None is
-    none."""
+    """Raise ConfigError if a named field of `section` is below `bound` (or, with `above`, not above
+    it). None is accepted."""
     for name in names:
         value = getattr(section, name)
         if value is not None and (value < bound or (above and value == bound)):
@@ -81,8 +81,8 @@ def least(section: object, bound: float, *names: str, above: bool = False) -> No
 
 
 def most(section: object, bound: int, *names: str) -> None:
-    """ConfigError for a number of `section` above `bound`, which no machine could hold; None is
-    none."""
+    """Raise ConfigError if a named field of `section` is above `bound`, which no machine could
+    hold. None is accepted."""
     for name in names:
         value = getattr(section, name)
         if value is not None and value > bound:
@@ -90,8 +90,8 @@ def most(section: object, bound: int, *names: str) -> None:
 
 
 def changed_keys(section: Any, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return those of the keys `names` (none: of all but `enabled`) of a section that have not
-    their default, and what that is."""
+    """Return, with their defaults, the keys of a section that differ from their default; only keys
+    in `names`, or, if that is empty, all except `enabled`."""
     changed = {}
     for field in dataclasses.fields(section):
         default = field.default
@@ -104,7 +104,7 @@ def changed_keys(section: Any, names: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a short text as it is, and of a long one the beginning and the end, where the remedy
+    """Return the text itself if it is short, otherwise its beginning and its end, where the remedy
     is."""
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
@@ -116,7 +116,7 @@ def _join(prefix: str, name: str) -> str:
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 _NUMBER = re.compile(
     r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII
-)  # YAML 1.1 reads 1e-4 as a string; people mean a number
+)  # YAML 1.1 reads 1e-4 as a string, but people mean a number
 
 
 def holds_half_a_pair(text: str) -> bool:
@@ -125,8 +125,8 @@ def holds_half_a_pair(text: str) -> bool:
 
 
 def joined_pairs(text: str) -> str:
-    """Return a text whose surrogate pairs, as JSON writes a letter beyond 16 bits and YAML reads
-    two, are letters. ValueError: it holds half of one."""
+    """Return a text with its surrogate pairs joined to characters (JSON writes characters beyond 16
+    bits as such pairs, and YAML reads two characters). ValueError if it holds half a pair."""
     if not holds_half_a_pair(text):
         return text
     try:
@@ -144,8 +144,8 @@ _OCTAL = re.compile(r"[-+]?0[\d_]+")
 
 
 def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
-    """Return the mapping in `text` and the line of every dotted path. Safe: no tags are
-    constructed, size and aliases are bounded."""
+    """Return the mapping in `text`, and the line of every dotted path. This is safe: no tags are
+    constructed, and size and aliases are limited."""
     if holds_half_a_pair(text):
         raise ConfigError("", f"{name} is not UTF-8 text: {shortened(ascii(text), 200)}")
     if len(text.encode()) > MAX_BYTES:
@@ -244,8 +244,8 @@ def parse_yaml(text: str, name: str = "config") -> tuple[dict, dict[str, int]]:
 
 
 def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
-    """`section.key=value` words, as given on a command line, over `mapping` (a copy is
-    returned). A whole section, `section={key: value}`, takes the place of the one that is there."""
+    """Return a copy of `mapping` with `section.key=value` words from a command line applied.
+    `section={key: value}` replaces a whole section."""
     result = {
         key: dict(value) if isinstance(value, dict) else value for key, value in mapping.items()
     }
@@ -263,7 +263,7 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
         target = result
         *parents, last = path.split(".")
         for parent in parents:
-            if target.get(parent) is None:  # a section that is left out
+            if target.get(parent) is None:  # the section is left out
                 target[parent] = {}
             if not isinstance(target[parent], dict):
                 raise ConfigError(
@@ -276,8 +276,8 @@ def apply_overrides(mapping: dict, overrides: list[str]) -> dict:
 
 
 def parse_value(text: str, name: str) -> Any:
-    """Return what a text says in YAML that stands alone as a value; nothing is null. ConfigError:
-    it is none, or YAML would leave a part of it out, as a comment or a name."""
+    """Return the value that a text means in YAML; the empty text is null. ConfigError if it is not
+    a value, or if YAML would leave a part of it out, as a comment or an anchor."""
     value = parse_yaml(f"value: {text}" if text else "value: null", name)[0]["value"]
     comment = text if text.startswith("&") else ""
     if "#" in text or "\n" in text:
@@ -294,9 +294,9 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """Decode the YAML file `path`, a person's or one that ships, into `cls`.
+    """Decode the YAML file `path`, a person's own or one that is shipped, into `cls`.
 
-    ConfigError messages begin with `file:line`."""
+    ConfigError messages begin with `file:line`, or with `command line` for an override."""
     path = find(path)
     if path.is_dir():
         raise ConfigError(
@@ -322,13 +322,14 @@ def load(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────
 @functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Return the types of the attributes of `cls`, which take a while to read."""
+    """Return the types of the attributes of `cls`; they are kept, since finding them takes a
+    while."""
     return typing.get_type_hints(cls)
 
 
 def decode(hint: Any, value: Any, path: str = "") -> Any:
-    """Return `value` (plain YAML data) as the type `hint`. Nothing is guessed: only int → float is
-    converted."""
+    """Return `value` (plain YAML data) as the type `hint`. Nothing is guessed; only int → float,
+    and floats without a fraction → int, are converted. ConfigError if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _decode_dataclass(hint, value, path)
@@ -399,7 +400,7 @@ def _decode_dataclass(hint: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(path, f"is {value!r}, must be a section of keys")
     fields = {f.name: f for f in dataclasses.fields(hint) if f.init}
-    # of the root they are read anew: a program may add to the sections that it names
+    # those of the root are read each time, because a program may extend the types that it names
     hints = hints_of(hint) if path else typing.get_type_hints(hint)
     for name in value:
         if name not in fields:
@@ -467,15 +468,15 @@ def _yaml_type(value: Any) -> str:
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 def encode(value: Any) -> Any:
-    """Dataclasses → plain YAML data; `decode(type(x), encode(x)) == x`."""
+    """Return a dataclass as plain YAML data; `decode(type(x), encode(x)) == x`."""
     if dataclasses.is_dataclass(value):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [encode(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def completed(cls: type, mapping: dict) -> dict:
-    """Return a stored config with the defaults of keys that it lacks, as an older version wrote it;
-    as it is if it no longer fits."""
+    """Return a stored config completed with the defaults of keys that an older version did not
+    have; unchanged if it no longer fits the class."""
     try:
         return encode(decode(cls, mapping))
     except ConfigError:
@@ -483,11 +484,11 @@ def completed(cls: type, mapping: dict) -> dict:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts so that `parse_yaml` gives them back."""
+    """Writes texts in such a way that `parse_yaml` reads the same texts."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Quote what would be read as a number, and what has letters that YAML takes for the end of
-        a line; in a value of one line these are written as escapes."""
+        """Quote texts that would be read as numbers, and texts with characters that YAML takes for
+        line ends; in values on one line, write these as escapes."""
         style = "'" if _NUMBER.fullmatch(text) else None
         if "\x85" in text or (self.best_width >= ONE_LINE and not text.isprintable()):
             style = '"'
@@ -517,7 +518,8 @@ def in_one_line(value: Any) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Human-readable `path: old → new` lines between two configs (or their encoded forms)."""
+    """Return readable `path: old → new` lines for the differences between two configs (or their
+    encoded forms)."""
     old, new = encode(old), encode(new)
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*old, *(name for name in new if name not in old)]

@@ -1,8 +1,9 @@
-"""Files and folders that are there whole or not at all, never written through a link; and locks.
+"""Files and folders that are either complete or absent, and are never written through a link; and
+locks.
 
-What is being written has a hidden name, `.writing-<token>.tmp`, beside the final one, and is
-renamed at the end. Its writer holds a lock on it. By that lock `clean` tells what a killed process
-has left from what another process is writing just now, on this machine or another.
+A file that is being written has a hidden name, `.writing-<token>.tmp`, beside the final one, and is
+renamed at the end. Its writer holds a lock on it, by which `clean` tells files left by a killed
+process from files that another process, on this or another machine, is just writing.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ except ImportError:  # Windows: no locks, and nothing else depends on them
 
 UNFINISHED = ".writing-*.tmp"
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-PIECE = 1 << 22  # bytes that are read at once
+PIECE = 1 << 22  # bytes read at a time
 LOCK = ".lock"  # in a folder that belongs to one process at a time
-DAY = 24 * 3600.0  # where a file system knows no locks, what is older was left by a killed process
+DAY = 24 * 3600.0  # on file systems without locks, older files count as left by a killed process
 FILE_TYPES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -47,8 +48,8 @@ def write_atomically(
     data: str | bytes | memoryview | Iterator[bytes | bytearray | memoryview],
     flush: bool = False,
 ) -> None:
-    """Write all of `data`, perhaps in pieces, to `path`, or nothing. Text is written as UTF-8. See
-    `open_atomically`."""
+    """Write all of `data`, which may come in pieces, to `path`, or nothing. Text is written as
+    UTF-8. See `open_atomically`."""
     if isinstance(data, str):
         data = data.encode()
     with open_atomically(path, flush) as file:
@@ -58,10 +59,10 @@ def write_atomically(
 
 @contextlib.contextmanager
 def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]]:
-    """Open a hidden neighbour of `path` for writing, and rename it when the block ends. After an
-    error it is removed, and what stood at `path` stays. With `flush` the file survives a power cut.
-    A link at `path` is replaced; what it leads to is not touched. ValueError: a device, a pipe or a
-    folder is there. An OSError of a write names `path`."""
+    """Open a hidden file beside `path` for writing, and rename it to `path` when the block ends.
+    After an error it is removed, and the file at `path` stays as it was. With `flush`, the file
+    survives a power cut. A link at `path` is replaced, and its target is not touched. ValueError if
+    a device, a pipe or a folder is there. An OSError of a write names `path`."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(
             f"{path} is no regular file, and is not replaced by one; choose another name"
@@ -83,7 +84,7 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
                 os.unlink(name)
         if file is not None:
             _unlock(file)
-            with contextlib.suppress(OSError):  # of bytes that could not be written: said above
+            with contextlib.suppress(OSError):  # of unwritten bytes; the error was raised above
                 file.close()
     if flush:
         flush_to_disk(os.path.dirname(path) or ".")
@@ -91,8 +92,8 @@ def open_atomically(path: str | Path, flush: bool = False) -> Iterator[IO[bytes]
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give an OSError of a write the name that a person knows, where it has none or a hidden one:
-    "No space left on device" alone does not say where."""
+    """Put `path` into an OSError of a write that names no file or a hidden one: "No space left on
+    device" alone does not say where."""
     try:
         yield
     except OSError as error:
@@ -103,24 +104,24 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 class Sum:
-    """The size and the CRC-32 of bytes that pass by."""
+    """Computes the size and the CRC-32 of bytes that are added piece by piece."""
 
     def __init__(self):
         self.size, self.crc = 0, 0
 
     def add(self, piece: bytes | memoryview) -> bytes | memoryview:
-        """Take in a piece, and return it."""
+        """Add a piece to the sum, and return the piece."""
         self.size += memoryview(piece).nbytes
         self.crc = zlib.crc32(piece, self.crc)
         return piece
 
     def as_json(self) -> list[int]:
-        """Return `[bytes, CRC-32]`, as JSON files keep it."""
+        """Return `[bytes, CRC-32]`, the form in JSON files."""
         return [self.size, self.crc]
 
     @staticmethod
     def of_file(path: str | Path) -> Sum:
-        """Read a file once; OSError if it cannot be read."""
+        """Return the sum of a file. OSError if it cannot be read."""
         result = Sum()
         with open(path, "rb") as file:
             while piece := file.read(PIECE):
@@ -135,14 +136,14 @@ def _open_temporary(folder: str) -> tuple[str, IO[bytes]]:
         _wait_for_lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return name, file
-        # it was taken for abandoned before it was locked, and removed: once more
+        # another process removed it as abandoned before it was locked: try again
         file.close()
 
 
 @contextlib.contextmanager
 def hidden_folder(parent: str | Path) -> Iterator[Path]:
-    """Make a hidden folder in `parent` to write into, which is removed when the block ends, unless
-    it has got another name by then."""
+    """Create a hidden folder in `parent` to write into. It is removed when the block ends, unless
+    it has been renamed by then."""
     unfinished = Path(parent) / f".writing-{secrets.token_hex(8)}.tmp"
     unfinished.mkdir(parents=True)
     held = os.open(unfinished, os.O_RDONLY) if fcntl else None
@@ -158,33 +159,33 @@ def hidden_folder(parent: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path` to write into, and rename it when the block ends. After an
-    error it is removed. OSError: by then `path` is something else than an empty folder."""
+    """Create a hidden folder beside `path` to write into, and rename it to `path` when the block
+    ends. After an error it is removed. OSError if `path` is then anything but an empty folder."""
     with hidden_folder(Path(path).parent) as unfinished:
         yield unfinished
         os.replace(unfinished, path)
 
 
 def refuse_filled_folder(path: str | Path) -> None:
-    """Raise ValueError if something is at `path` that a new folder would replace."""
+    """Raise ValueError if `path` holds anything that a new folder would replace."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already; choose another place")
 
 
 def abandoned_files(folder: str | Path) -> Iterator[Path]:
-    """Yield what killed processes left in `folder`, files and folders, each while nobody can write
-    to it."""
+    """Yield the files and folders that killed processes left in `folder`. While one is yielded, it
+    is locked, so that no process can write to it."""
     for path in sorted(Path(folder).glob(UNFINISHED)):
         if path.is_symlink() or fcntl is None:
             yield path
             continue
-        # locks of network file systems want a file that is open for writing, too
+        # network file systems only lock files that are open for writing
         mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
         try:
             held = os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
-            continue  # it has got its final name meanwhile, or is not ours
+            continue  # it has got its final name meanwhile, or belongs to another user
         try:
             if _is_left(held):
                 yield path
@@ -193,7 +194,7 @@ def abandoned_files(folder: str | Path) -> Iterator[Path]:
 
 
 def _is_left(held: int) -> bool:
-    """Lock an open file or folder; return whether nobody else holds it."""
+    """Lock an open file or folder; return whether no other process holds it."""
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -211,13 +212,13 @@ def clean(*folders: str | Path) -> None:
 
 
 def is_full(error: object) -> bool:
-    """Return whether an error says that no more can be written: the disk or a quota is full, or the
-    file system can only be read. What goes on would lose its work."""
+    """Return whether an error says that nothing more can be written: the disk or a quota is full,
+    or the file system is read-only. Continuing would lose work."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def remove(path: str | Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; it may be gone already."""
+    """Remove a file, a link or a folder with its contents, if it still exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -235,8 +236,8 @@ def flush_to_disk(path: str | Path) -> None:
 
 
 def flush_file_system(folder: str | Path) -> None:
-    """Make all that was written to the file system of `folder` survive a power cut: thousands of
-    files at once, at the cost of a few."""
+    """Make everything written to the file system of `folder` survive a power cut: thousands of
+    files at the cost of a few."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if ctypes.CDLL(None).syncfs(handle) == 0:
@@ -250,8 +251,8 @@ def flush_file_system(folder: str | Path) -> None:
 
 
 def refuse_link(path: Path) -> Path:
-    """Return `path`, which may not be there yet. ValueError if it is a link, by which one would
-    write elsewhere, or a pipe and the like."""
+    """Return `path`, which need not exist. ValueError if it is a link, through which another place
+    would be written, or a pipe or the like."""
     if path.is_symlink():
         raise ValueError(
             f"{path} is a link, and would be written elsewhere: replace it by what it leads to, or"
@@ -263,9 +264,9 @@ def refuse_link(path: Path) -> Path:
 
 
 def lock(file: IO, refusal: str = "") -> None:
-    """Hold `file` until it is closed. ValueError(`refusal`): another process holds it. A forked
-    worker lets go of it, for one that outlives its killed parent by seconds must not keep the next
-    run away."""
+    """Hold a lock on `file` until it is closed. ValueError(`refusal`) if another process holds it.
+    Forked workers release the lock, because a worker that outlives its killed parent by seconds
+    must not block the next run."""
     if fcntl is None:
         return
     try:
@@ -289,22 +290,20 @@ def lock(file: IO, refusal: str = "") -> None:
 
 @contextlib.contextmanager
 def held_folder(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold a folder as `take_folder` does until the block ends, and remove it if nothing came to be
-    in it."""
+    """Hold a folder, as `take_folder` does, until the block ends; remove it if it is empty then."""
     held = take_folder(folder, refusal)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # perhaps the folder was removed meanwhile
+        with contextlib.suppress(OSError):  # the folder may have been removed meanwhile
             os.unlink(folder / LOCK)
             folder.rmdir()  # only if nothing else is in it
         held.close()
 
 
 def take_folder(folder: Path, refusal: str) -> IO:
-    """Hold a folder, which is made, until what this returns is closed. ValueError: another process
-    holds it (`refusal`), nothing can be written there, or there is a link by the name of the
-    lock."""
+    """Create and hold a folder until the returned file is closed. ValueError if another process
+    holds it (`refusal`), if nothing can be written there, or if the name of the lock is a link."""
     path = folder / LOCK
     while True:
         try:
@@ -335,15 +334,16 @@ def _wait_for_lock(file: IO | int) -> None:
 
 
 def _unlock(file: IO) -> None:
-    """Let go of a file for every process that holds it: one forked meanwhile has it open, too."""
+    """Release the lock on a file for all processes that have it open, including ones forked
+    meanwhile."""
     if fcntl is not None:
         with contextlib.suppress(OSError, ValueError):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def with_tilde(value: Any) -> Any:
-    """Return a path, or lists of paths and options, with `~` for the home folder: what is handed on
-    need not tell who wrote it. Other values stay as they are."""
+    """Return a path, or lists of paths and options, with `~` in place of the home folder, so that
+    shared files do not reveal who wrote them. Other values stay as they are."""
     if isinstance(value, list | tuple):
         return [with_tilde(item) for item in value]
     if not isinstance(value, str):
@@ -356,25 +356,25 @@ def with_tilde(value: Any) -> Any:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with `~` as the home folder. `~name` of a user whom this machine does not know
-    stays: it may be the name of a file."""
+    """Return a path with `~` expanded to the home folder. `~name` stays if this machine has no such
+    user: it may be the name of a file."""
     return Path(os.path.expanduser(path))
 
 
 def real_path(path: str | Path) -> Path:
-    """Return where a path leads. A ring of links leads to itself, and nothing can be opened
-    there."""
+    """Return the path that `path` leads to. A ring of links leads to itself, and cannot be
+    opened."""
     return Path(os.path.realpath(path))
 
 
 # ── reading what others wrote ─────────────────────────────────────────────────────────────────────
 def open_regular(path: str | Path, buffered: bool = True) -> io.BufferedReader | io.FileIO:
-    """Open a regular file for reading. ValueError: something else is there. A named pipe among
-    pictures would be waited for without end, a device read without end."""
-    _check_regular(os.stat(path))  # before it is opened: opening a device may already do something
+    """Open a regular file for reading. ValueError for anything else: reading a named pipe among
+    pictures would wait for ever, and reading a device might never end."""
+    _check_regular(os.stat(path))  # before opening, which may already have an effect on a device
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _check_regular(os.fstat(handle))  # it may have been exchanged meanwhile
+        _check_regular(os.fstat(handle))  # it may have been replaced meanwhile
         file = io.FileIO(handle)
         return io.BufferedReader(file) if buffered else file
     except BaseException:
@@ -384,8 +384,8 @@ def open_regular(path: str | Path, buffered: bool = True) -> io.BufferedReader |
 
 @contextlib.contextmanager
 def regular_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a regular file as `open_regular` does. OSError, with its name, where something else is
-    there, too."""
+    """Open a regular file as `open_regular` does, but raise an OSError with its name for anything
+    else."""
     try:
         file = open_regular(path)
     except ValueError as error:
@@ -395,24 +395,24 @@ def regular_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return what a regular file holds; see `regular_file`."""
+    """Return the bytes of a regular file; see `regular_file`."""
     with regular_file(path) as file:
         return file.read()
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """Return the text, in UTF-8, of a regular file; see `regular_file`."""
+    """Return the text of a regular file in UTF-8; see `regular_file`."""
     return read_bytes(path).decode("utf-8", errors)
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text as an editor shows them. `str.splitlines` also cuts at form feeds
-    and at the separators of Unicode, which may stand in a caption and within JSON."""
+    """Return the lines of a text as an editor shows them. (`str.splitlines` also splits at form
+    feeds and Unicode separators, which may occur in captions and within JSON.)"""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def read_object(path: str | Path) -> dict:
-    """Return the JSON object in a file; nothing where there is none that can be read."""
+    """Return the JSON object in a file; an empty dict if there is none, or it cannot be read."""
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
@@ -421,8 +421,8 @@ def read_object(path: str | Path) -> dict:
 
 
 def objects_in(text: str) -> Iterator[dict]:
-    """Yield the JSON objects in the lines of a text. A line without one, such as one torn by a
-    kill, is left out."""
+    """Yield the JSON objects on the lines of a text. Lines without one, such as a line torn by a
+    kill, are left out."""
     for line in lines_of(text):
         try:
             row = json.loads(line)
@@ -433,7 +433,7 @@ def objects_in(text: str) -> Iterator[dict]:
 
 
 def hashed(digest: Any, file: IO[bytes]) -> Any:
-    """Give a hash of hashlib an open file, to its end; return it."""
+    """Update a hash of hashlib with an open file up to its end; return the hash."""
     while piece := file.read(PIECE):
         digest.update(piece)
     return digest

@@ -1,2 +1,2 @@
-"""Assembly: the configuration of a run, its parts, the training itself, and loading what was
-trained."""
+"""Assembly: the configuration of a run, its parts, the training itself, and loading of trained
+models."""

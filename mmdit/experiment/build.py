@@ -1,5 +1,5 @@
-"""Build the parts of a run from its configuration: the learner, the plan of batches, and the
-weights to start from."""
+"""Build the parts of a run from its configuration: the learner, the batch plan, and the weights to
+start from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHAPES_WEIGHTS = (
     "tread",
     "lora",
     "experts",
-)  # sections, for `start_from`
+)  # sections whose differences `start_from` reports
 
 
 def build_network(
@@ -53,18 +53,18 @@ def build_network(
     expert: Any = None,
     in_file: bool = False,
 ) -> Denoiser:
-    """Return the denoiser of `config.model` for latents of `spec` and text tokens of `text_dim`:
-    with the weights of its release (those of `expert`, if it has two), else with fresh ones from
-    torch's generator. `in_file`: those of a release stay in their files until they are cut over
-    processes."""
+    """Return the denoiser of `config.model` for latents of `spec` and text tokens of width
+    `text_dim`: with the weights of its release (those of `expert`, if it has two), or else with
+    fresh ones from torch's generator. `in_file`: leave the weights of a release in their files
+    until they are sharded."""
     if config.model.released:
         return load_denoiser(cast(WanModelConfig, config.model), spec, text_dim, expert, in_file)
     return build_model(config.model, spec.channels, text_dim, config.tread)
 
 
 def build_encoder(config: ExperimentConfig, in_file: bool = False) -> TextEncoder:
-    """Return the text encoder. `in_file`: the weights of a UMT5 that is trained stay in their files
-    until they are cut over processes; what is frozen is never cut."""
+    """Return the text encoder. `in_file`: leave the weights of a trained UMT5 in their files until
+    they are sharded; a frozen encoder is never sharded."""
     lora = config.lora
     trained = not config.text_encoder.freeze and not (lora.enabled and lora.train_lora_only)
     if in_file and trained:
@@ -78,8 +78,8 @@ def build_learner(
     network: Callable[..., Denoiser] = build_network,
     encoder: Callable[[ExperimentConfig], TextEncoder] = build_encoder,
 ) -> Learner:
-    """Return denoiser, text encoder and objective. Fresh weights are a function of `config.seed`
-    alone. `network` and `encoder`: what gives the denoiser, and the text encoder."""
+    """Return denoiser, text encoder and objective as one learner. Fresh weights are a function of
+    `config.seed` alone. `network` and `encoder` build the denoiser and the text encoder."""
     config = resolved(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "weights") & (2**63 - 1))
@@ -118,9 +118,9 @@ def build_learner(
 def with_sibling(
     learner: Learner, config: ExperimentConfig, network: Callable[..., Denoiser] = build_network
 ) -> Denoiser:
-    """Return the network that draws: the learner's, or, where that is one of a release's two
-    experts, both of them, the other as released, frozen and in evaluation. `config` is
-    `resolved`; `network` gives the other."""
+    """Return the network that draws. That is the learner's; or, if it is one of a release's two
+    experts, both experts together, the other one as released, frozen and in evaluation mode.
+    `config` must be `resolved`; `network` builds the other expert."""
     if config.model.expert is None:
         return learner.model
     other = "low" if config.model.expert == "high" else "high"
@@ -134,7 +134,8 @@ def with_sibling(
 def build_plan(
     config: ExperimentConfig, cache: LatentCache, processes: int = 1, name: str = ""
 ) -> BatchPlan:
-    """Return what each step of the training sees of `cache`. `name`: of a source beside others."""
+    """Return the plan of what each training step sees of `cache`. `name`: of the source, if there
+    are several."""
     train = config.train
     size = train.batch_size * train.grad_accum_steps * processes
     held_out = train.val_share if train.val_every_steps else 0.0
@@ -142,8 +143,8 @@ def build_plan(
 
 
 def check_kept(learner: Learner, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Refuse trained weights in place of foreign ones that `learner` leaves frozen: its checkpoints
-    would lack them, and whoever reads those would take the release's."""
+    """Raise ConfigError if trained weights would replace foreign ones that `learner` leaves frozen:
+    its checkpoints would lack them, and a reader would load the release's weights instead."""
     known = learner.state_dict().keys()
     lost = [name for name in tensors if name in known and not learner.is_stored(name)]
     if lost:
@@ -157,9 +158,9 @@ def check_kept(learner: Learner, tensors: Mapping[str, Tensor], source: object) 
 
 @torch.no_grad()
 def measure_new_lengths(learner: Learner, loaded: Iterable[str]) -> None:
-    """Give new DoRA adapters the lengths of the rows that they are laid over, where these are among
-    the weights that were `loaded`: theirs are of the weights that were there before."""
-    named = dict(learner.named_parameters(remove_duplicate=False))  # experts share a base
+    """Give new DoRA adapters the row lengths of the weights that they adapt, where those were among
+    the `loaded` ones: until now they have the lengths of the earlier weights."""
+    named = dict(learner.named_parameters(remove_duplicate=False))  # experts may share a base
     changed = {id(named[name]) for name in loaded if name in named}
     for layer in adapters(learner.model).values():
         if not isinstance(layer, DoRALinear) or id(layer.weight) not in changed:
@@ -171,8 +172,9 @@ def measure_new_lengths(learner: Learner, loaded: Iterable[str]) -> None:
 
 
 def starts_in_shards(learner: Learner, config: ExperimentConfig) -> bool:
-    """Return whether `train.init_from` is read after a learner was cut over processes, by each its
-    rows: unless it is a LoRA, or lies over codes, which are called otherwise once they are cut."""
+    """Return whether `train.init_from` is read after the learner was sharded, by each process its
+    own rows. It is not if it is a LoRA, or if the model has encoded weights, whose names change
+    when they are sharded."""
     source = config.train.init_from
     return bool(source) and not is_lora(source or "") and not learner.model.encoding
 
@@ -180,10 +182,10 @@ def starts_in_shards(learner: Learner, config: ExperimentConfig) -> bool:
 def start_from(
     learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
 ) -> list[str]:
-    """Start from `train.init_from`, the (averaged) weights of another run under this config's
-    names; new adapters and a new `model.crop`, `joint_position` or `conditioning` stay as they were
-    made. Return lines to report: the source, and how its model or objective was configured
-    otherwise (it fits, but may not be meant).
+    """Start from `train.init_from`, the (averaged) weights of another run, under this config's
+    names. New adapters, and parts that are new with `model.crop`, `joint_position` or
+    `conditioning`, keep their initial values. Return lines to report: the source, and in what its
+    model or objective was configured differently (it fits, but may not be intended).
     """
     source = config.train.init_from
     assert source is not None, "the caller looks whether there is one"

@@ -13,18 +13,19 @@ REPOSITORY = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class CardConfig(Section):
-    """The section `card:`: what only a person knows of a model, for its model card."""
+    """The section `card:`: facts for the model card that only a person knows."""
 
-    # The licence of the weights, by its name on the Hugging Face hub: mit, apache-2.0, other …;
-    # empty: the card says that none is stated.
+    # The licence of the weights, by its name on the Hugging Face hub: mit, apache-2.0, other …; if
+    # it is empty, the card says that no licence is stated.
     license: str = ""
-    # What the training data are and where they come from.
+    # A description of the training data, and their origin.
     data: str = ""
     # The licence of the training data, in words.
     data_license: str = ""
-    # Which data sets of the hub are among them, as owner/name.
+    # Data sets of the hub that are among them, as owner/name.
     datasets: tuple[str, ...] = ()
-    # The model that adapters change, as owner/name on the hub; empty: known of releases of Wan.
+    # The model that adapters change, as owner/name on the hub; it may be empty for releases of Wan,
+    # for which it is known.
     base_model: str = ""
 
     def __post_init__(self):

@@ -1,6 +1,6 @@
-"""Every key of a config, as a reader of YAML would say it: its type, default and meaning, read from
-the dataclasses and the comments above their fields. The page docs/configuration.md and the forms of
-the browser interface are made of it."""
+"""Describe every key of a config in the terms of YAML: its type, default and meaning, read from the
+dataclasses and the comments above their fields. The page docs/configuration.md and the forms of the
+browser interface are made from this."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment above every field that the body of `cls` itself defines."""
+    """Return the comments above the fields that the body of `cls` itself defines, by field."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines, above_fields = source.split("\n"), {}
     definition = ast.parse(source).body[0]
@@ -35,7 +35,7 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def comment(cls: type, name: str) -> str:
-    """Return what the key does. ValueError for a field that nobody has described."""
+    """Return the description of a key. ValueError for a field without one."""
     for base in cls.__mro__:
         text = comments(base).get(name) if dataclasses.is_dataclass(base) else None
         if text:
@@ -44,7 +44,7 @@ def comment(cls: type, name: str) -> str:
 
 
 def keys(cls: type) -> list[str]:
-    """Return the keys of a section, without the `type` that tells it from other sections."""
+    """Return the keys of a section, without the `type` that only tells it from other sections."""
     names = [field.name for field in dataclasses.fields(cls)]
     if "type" in names and len(typing.get_args(typing.get_type_hints(cls)["type"])) == 1:
         names.remove("type")
@@ -52,7 +52,7 @@ def keys(cls: type) -> list[str]:
 
 
 def options(hint: object) -> list:
-    """Return the parts of a union; what is no union is its own only part."""
+    """Return the parts of a union; any other type is its own only part."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return list(typing.get_args(hint)) if union else [hint]
 
@@ -69,7 +69,7 @@ def sections(hint: object) -> list[type]:
 
 
 def in_words(hint: object) -> str:
-    """Return a type as a reader of YAML would say it."""
+    """Return a type in the words of a YAML reader."""
     if hint in WORDS:
         return WORDS[hint]
     if hint is type(None):
@@ -88,7 +88,8 @@ def in_words(hint: object) -> str:
 
 
 def short(value: object) -> object:
-    """Return `value` as plain data; of a section its type, and what differs from the defaults."""
+    """Return `value` as plain data; a section is reduced to its type and what differs from the
+    defaults."""
     if isinstance(value, tuple):
         return [short(item) for item in value]
     if not dataclasses.is_dataclass(value):
@@ -99,12 +100,12 @@ def short(value: object) -> object:
 
 
 def shown(value: object) -> str:
-    """Return a value as YAML in one line."""
+    """Return a value as YAML on one line."""
     return in_one_line(short(value))
 
 
 def default(field: dataclasses.Field) -> str:
-    """Return what a key is when it is left out."""
+    """Return a key's default, as text."""
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
         chosen = hasattr(value, "type") and "type" not in keys(type(value))

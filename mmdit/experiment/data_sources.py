@@ -1,4 +1,4 @@
-"""Open what a configuration trains on: one source or several, caches or files."""
+"""Open the sources that a configuration trains on: one or several, caches or JSONL files."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ NOTHING = (
 def with_given(
     config: ExperimentConfig, caches: Sequence[str], files: Sequence[str]
 ) -> ExperimentConfig:
-    """Return `config` with the sources that a command line names: caches, and JSONL files to encode
-    while training. One cache is no section: the config stays as it is."""
+    """Return `config` with the sources given on a command line: caches, and JSONL files to encode
+    during training. A single cache needs no section: the config then stays as it is."""
     if not caches and not files:
         return config
     if config.data.sources:
@@ -58,8 +58,8 @@ def with_given(
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Return names that tell sources apart: none where the last parts of their paths do, else as
-    many parts as it takes. ValueError: a path is there twice."""
+    """Return names that tell sources apart: empty ones if the last parts of their paths differ,
+    otherwise as many parts as needed. ValueError if a path is given twice."""
     all_parts = [real_path(path).parts for path in paths]
     for i, parts in enumerate(all_parts):
         if parts in all_parts[:i]:
@@ -78,9 +78,9 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def with_known_names(config: ExperimentConfig, start: Path | None) -> ExperimentConfig:
-    """Return the config with its sources as the run to be continued knows them: a cache of several
-    that was moved or packed holds the same items, and its name decides their order, as its place
-    among the others does. `start`: the checkpoint."""
+    """Return the config with the source names and order of the run to be continued. A cache that
+    was moved or packed still holds the same items, and the order of its items depends on its name,
+    and on its place among the sources. `start`: the checkpoint."""
     notes = checkpoint.read_notes(start) if start else None
     rows = (notes or {}).get("data") or []
     known, labels = [row["source"] for row in rows], {one.label for one in config.data.sources}
@@ -96,7 +96,7 @@ def with_known_names(config: ExperimentConfig, start: Path | None) -> Experiment
 
 
 def sources_of(config: ExperimentConfig, cache_dir: str | Path | None) -> tuple[SourceConfig, ...]:
-    """Return the sources of a training. ValueError: there are none."""
+    """Return the sources of a training. ValueError if there are none."""
     if config.data.sources:
         return config.data.sources
     if cache_dir is None:
@@ -110,8 +110,8 @@ def open_batches(
     sources: Sequence[SourceConfig],
     world: World,
 ) -> StepBatches:
-    """Open the sources, which must be what the configuration asks for, and return the batches of
-    this process. One source alone must have the sizes of the config, too."""
+    """Open the sources, which must agree with the configuration, and return the batches of this
+    process. A single source must also have the sizes of the config."""
     wanted = CacheManifest.of(tokenizer, config.video, config.bucketing, config.preprocess)
     alone = len(sources) == 1
     caches = [
@@ -153,7 +153,7 @@ def _open(
     wanted: CacheManifest | None,
     world: World,
 ) -> LatentCache:
-    """Open a cache, or look at the records of a file that will be encoded while training."""
+    """Open a cache, or inspect the records of a file that will be encoded during training."""
     path = Path(source.path)
     if not path.is_file():
         return opened(path, wanted)

@@ -75,7 +75,7 @@ except ImportError as error:
 
 class VideoMMDiTModel(ModelMixin, Denoiser, ConfigMixin):
     """The denoiser. `model`: the section of the configuration; `latent_channels` and `text_dim`:
-    the widths of what it reads."""
+    the widths of its inputs."""
 
     config_name = "config.json"
     _supports_group_offloading = False
@@ -97,8 +97,8 @@ class VideoMMDiTModel(ModelMixin, Denoiser, ConfigMixin):
 
 
 class CaptionEncoder(ModelMixin, TextEncoder, ConfigMixin):
-    """The encoder of captions that was trained with the denoiser. `text_encoder`: the section of
-    the configuration."""
+    """The text encoder that was trained with the denoiser. `text_encoder`: the section of the
+    configuration."""
 
     config_name = "config.json"
     _supports_group_offloading = False
@@ -108,7 +108,7 @@ class CaptionEncoder(ModelMixin, TextEncoder, ConfigMixin):
         super().__init__()
         section: Any = decode(TextEncoderConfig, text_encoder, "text_encoder")
         self.network = build_text_encoder(section)
-        if not self.network.state_dict():  # Diffusers writes no file then, and opens none
+        if not self.network.state_dict():  # else Diffusers writes no file, and then finds none
             self.register_buffer("no_weights", torch.zeros(1, device="cpu"))
 
     def forward(self, captions: list[str]) -> TextTokens:
@@ -116,8 +116,8 @@ class CaptionEncoder(ModelMixin, TextEncoder, ConfigMixin):
 
 
 class VTPAutoencoder(ModelMixin, ConfigMixin):
-    """The tokenizer. `vtp`: the keys of a `VTPConfig`; `latents`: of a `LatentSpec`. It is moved
-    and never cast, as everywhere in mmdit: its rotary positions are bfloat16 by design."""
+    """The tokenizer. `vtp`: the keys of a `VTPConfig`; `latents`: those of a `LatentSpec`. Like
+    everywhere in mmdit, it is moved but never cast: its rotary positions are bfloat16 by design."""
 
     config_name = "config.json"
     _supports_group_offloading = False
@@ -137,14 +137,14 @@ class VTPAutoencoder(ModelMixin, ConfigMixin):
         return super().from_pretrained(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> VTPAutoencoder:
-        """Move the network; a type is left out."""
+        """Move the network to a device; types are ignored."""
         places = [arg for arg in args if not isinstance(arg, torch.dtype)]
         kwargs.pop("dtype", None)
         return super().to(*places, **kwargs)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer on the device where the network is now."""
+        """Return the tokenizer, on the network's present device."""
         return VTPTokenizer.of_network(self.network, self.spec, self.fingerprint, self.device)
 
     @apply_forward_hook
@@ -159,9 +159,9 @@ class VTPAutoencoder(ModelMixin, ConfigMixin):
 
 
 class MMDiTScheduler(SchedulerMixin, ConfigMixin):
-    """Holds what decides a sample besides the networks: the objective that they were trained
-    with, the solver and the guidance. Other settings: `pipe.scheduler = MMDiTScheduler.from_config(
-    pipe.scheduler.config, solver="euler")`."""
+    """Holds the settings that decide a sample besides the networks: the objective that they were
+    trained with, the solver and the guidance. To change some: `pipe.scheduler =
+    MMDiTScheduler.from_config(pipe.scheduler.config, solver="euler")`."""
 
     @register_to_config
     def __init__(
@@ -195,7 +195,7 @@ class MMDiTScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> MMDiTScheduler:
-        """Return that of a trained model."""
+        """Return the scheduler of a trained model."""
         settings = SampleSettings.of(config.train)
         return cls(
             config.train.objective,
@@ -216,7 +216,7 @@ class ClipPipelineOutput(BaseOutput):
 
 
 class Interrupted(Exception):
-    """Somebody asked to end a call early; `latents` are those of its last step."""
+    """Raised when a call is asked to end early; `latents` are those of its last step."""
 
     def __init__(self, latents: Tensor):
         super().__init__("the call was interrupted")
@@ -224,8 +224,8 @@ class Interrupted(Exception):
 
 
 class MMDiTPipeline(DiffusionPipeline):
-    """Draws pictures and clips from prompts: what `mmdit sample` draws with the same seed, in the
-    interface of Diffusers."""
+    """Draws pictures and clips from prompts, the same as `mmdit sample` with the same seed, through
+    the interface of Diffusers."""
 
     transformer: VideoMMDiTModel
     text_encoder: CaptionEncoder
@@ -263,8 +263,8 @@ class MMDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def of(cls, pipeline: Pipeline, config: ExperimentConfig, source: object) -> MMDiTPipeline:
-        """Return the pipeline of a model that `load_pipeline` has loaded from `source`, on the CPU
-        with its adapters merged. ValueError: a model that has no such pipeline."""
+        """Return the pipeline for a model that `load_pipeline` loaded from `source`, on the CPU
+        with its adapters merged. ValueError for a model that cannot be such a pipeline."""
         learner, tokenizer = pipeline.learner, pipeline.tokenizer
         reason = no_pipeline(config)
         if reason:
@@ -283,12 +283,12 @@ class MMDiTPipeline(DiffusionPipeline):
         width, height, frames, fps = config.sample_size
         tile = list(pipeline.tile) if pipeline.tile else None
         words = encode(pipeline.captions)
-        # the other keys are for training
+        # the other keys only matter in training
         captions = {name: words[name] for name in ("trigger", "separator")}
         return cls(*parts, width, height, frames, fps, captions, tile)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the folder with the code that opens it again; see `DiffusionPipeline`."""
+        """Write the folder, including the code that opens it again; see `DiffusionPipeline`."""
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         index = folder / self.config_name
@@ -298,7 +298,7 @@ class MMDiTPipeline(DiffusionPipeline):
             rows[name] = [CODE_FILE, type(part).__name__]
             (folder / name / f"{CODE_FILE}.py").write_text(CODE, encoding="utf-8")
         index.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        for weights in folder.rglob("*.safetensors"):  # safetensors hides them from other users
+        for weights in folder.rglob("*.safetensors"):  # safetensors hides them from others
             weights.chmod(index.stat().st_mode)
         (folder / f"{CODE_FILE}.py").write_text(CODE, encoding="utf-8")
         licence = shipped_path("LICENSE")
@@ -306,7 +306,7 @@ class MMDiTPipeline(DiffusionPipeline):
         (folder / "LICENSE").write_bytes(licence.read_bytes())
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what the networks are not made for: they use weights outside the modules that own
+        """Raise NotImplementedError: the networks use weights outside the modules that hold
         them."""
         raise NotImplementedError(
             "use enable_model_cpu_offload; mmdit sample --offload sequential goes by blocks"
@@ -314,13 +314,13 @@ class MMDiTPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Return whether the call that is under way is to end after its step."""
+        """Return whether the current call should end after its present step."""
         return self._interrupt
 
     def size(
         self, width: int | None, height: int | None, num_frames: int | None
     ) -> tuple[int, int, int]:
-        """Return width, height and frames: what is given, else the default."""
+        """Return width, height and frames: the given values, or the defaults."""
         asked = {"width": width, "height": height, "num_frames": num_frames}
         sides = [self.config[name] if side is None else side for name, side in asked.items()]
         if min(sides) < 1:
@@ -328,7 +328,7 @@ class MMDiTPipeline(DiffusionPipeline):
         return sides[0], sides[1], sides[2]
 
     def drawing(self) -> Pipeline:
-        """Return mmdit's pipeline of these parts as they are now."""
+        """Return mmdit's pipeline, made from the present parts."""
         spec, captions = self.vae.spec, decode(CaptionsConfig, self.config.captions, "captions")
         learner = Learner(self.transformer, self.text_encoder, self.scheduler.objective, spec)
         tile = self.config.tile and tuple(self.config.tile)
@@ -358,14 +358,15 @@ class MMDiTPipeline(DiffusionPipeline):
     ) -> Any:
         """Draw `num_images_per_prompt` samples of each prompt.
 
-        What is left out is as the model was trained: size, frames, steps, guidance, what guidance
-        leads away from. A fresh `torch.Generator().manual_seed(S)` draws what `mmdit sample --seed
-        S` draws of these prompts; one that was used before draws something new; a list has one for
-        each sample. `output_type`: pil, np `(B, F, H, W, 3)`, pt `(B, F, 3, H, W)`, both in [0, 1],
-        or latent, raw latents for `pipe.vae.decode`. For one frame the result has `images` (without
-        the axis F), otherwise `frames`. `callback_on_step_end(pipe, step, timestep, {"latents":
-        …})` may return other latents, and ends the call early by `pipe._interrupt = True`.
-        ValueError: a size that the model cannot draw, lists that do not fit.
+        Arguments that are left out are as the model was trained: size, frames, steps, guidance, and
+        the negative prompt. A fresh `torch.Generator().manual_seed(S)` draws the same as `mmdit
+        sample --seed S` for these prompts; a generator that was used before draws something new; a
+        list has one for each sample. `output_type`: pil, np `(B, F, H, W, 3)`, pt `(B, F, 3, H,
+        W)`, both in [0, 1], or latent, raw latents for `pipe.vae.decode`. For one frame the result
+        has `images` (without the axis F), otherwise `frames`. `callback_on_step_end(pipe, step,
+        timestep, {"latents": …})` may return other latents, and can end the call early by
+        `pipe._interrupt = True`. ValueError for a size that the model cannot draw, or lists of
+        wrong lengths.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; must be pil, np, pt or latent")
@@ -428,7 +429,7 @@ class MMDiTPipeline(DiffusionPipeline):
 def seeds_of(
     generator: torch.Generator | list[torch.Generator] | None, count: int
 ) -> tuple[int, list[int | None] | None]:
-    """Return the seed of a call on `count` samples, and where each has a generator of its own, the
+    """Return the seed for a call on `count` samples and, if each has a generator of its own, the
     seed of each."""
     if not isinstance(generator, list | tuple):
         return seed_of(generator), None
@@ -440,8 +441,9 @@ def seeds_of(
 
 
 def seed_of(generator: torch.Generator | None) -> int:
-    """Return the seed that a generator was made with, while nothing was drawn from it; later a
-    number that is drawn from it. Without one a number of torch's own. It has moved on then."""
+    """Return the seed that a generator was made with, if nothing has been drawn from it; later, a
+    number drawn from it. Without a generator, return a number from torch's global one. The
+    generator has advanced afterwards."""
     if generator is None:
         return int(torch.randint(2**62, ()).item())
     first = torch.Generator(generator.device).manual_seed(generator.initial_seed())
@@ -451,7 +453,8 @@ def seed_of(generator: torch.Generator | None) -> int:
 
 
 def one_negative(negative: str | list[str] | None) -> str | None:
-    """Return the one text that guidance leads away from. ValueError: several."""
+    """Return the negative prompt, one for all samples. ValueError if there are several different
+    ones."""
     if negative is None or isinstance(negative, str):
         return negative
     if len(set(negative)) != 1:
@@ -463,7 +466,7 @@ def one_negative(negative: str | list[str] | None) -> str | None:
 
 
 def changed_settings(settings: SampleSettings, seed: int, asked: dict[str, Any]) -> SampleSettings:
-    """Return the settings with a seed, and with what is `asked` for and not None."""
+    """Return the settings with a seed, and with those values in `asked` that are not None."""
     values = {name: value for name, value in asked.items() if value is not None}
     steps = values.pop("steps", settings.sampler.steps)
     sampler: SamplerConfig = replace(settings.sampler, steps=steps)
@@ -471,7 +474,7 @@ def changed_settings(settings: SampleSettings, seed: int, asked: dict[str, Any])
 
 
 def converted(pixels: Tensor, output_type: str) -> Any:
-    """Return `pixels (B, F, 3, H, W)` as pil, np or pt; of one frame without the axis F."""
+    """Return `pixels (B, F, 3, H, W)` as pil, np or pt; for single frames without the axis F."""
     shape = "b 1 c h w -> b c h w" if pixels.shape[1] == 1 else "b f c h w -> b f c h w"
     pixels = rearrange(pixels, shape)
     if output_type == "pt":
@@ -486,7 +489,7 @@ def converted(pixels: Tensor, output_type: str) -> Any:
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 def no_pipeline(config: ExperimentConfig) -> str:
-    """Return why a model cannot be a pipeline of Diffusers, "" if it can."""
+    """Return why a model cannot be a pipeline of Diffusers, or ""."""
     if config.model.released:
         return (
             "its weights come from a release of Wan, for which Diffusers has a pipeline; write the"
@@ -516,10 +519,10 @@ def save_pipeline(
     dtype: torch.dtype | None,
     source: object,
 ) -> None:
-    """Write a model that was loaded from `source` on the CPU, adapters merged, as a folder for
-    Diffusers. `dtype`: of the denoiser and the text encoder. Written aside, then renamed.
-    ValueError: the folder is there and not empty, the model has no such pipeline, or a weight is no
-    finite number in this type."""
+    """Write a model that was loaded from `source` on the CPU, with adapters merged, as a folder for
+    Diffusers; it appears when it is complete. `dtype`: the type of the denoiser and the text
+    encoder. ValueError if the folder exists and is not empty, if the model cannot be such a
+    pipeline, or if a weight is not finite in this type."""
     refuse_filled_folder(folder)
     whole = MMDiTPipeline.of(pipeline, config, source)
     for part in (whole.transformer, whole.text_encoder):

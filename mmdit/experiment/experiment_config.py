@@ -1,4 +1,4 @@
-"""The root of a configuration: one YAML file and its sections."""
+"""The root of a configuration: one YAML file with its sections."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from mmdit.training.train_config import TrainConfig
 @dataclass(frozen=True)
 class ExperimentConfig:
     """One YAML file: scalar keys, and sections. Every section is a dataclass beside the code that
-    it configures, and checks itself what it needs of the others (`Section.check`)."""
+    it configures, and itself checks what it requires of other sections (`Section.check`)."""
 
-    # The name of the run's folder in `output_dir`.
+    # The name of the run's folder within `output_dir`.
     experiment_name: str
     # The folder that holds all runs.
     output_dir: FilePath = "runs"
@@ -40,23 +40,23 @@ class ExperimentConfig:
     seed: int = 42
     # Processes that read and prepare data beside the training; 0 reads in the training process.
     num_workers: int = 4
-    # Size, length and speed of what is learned; one frame is text-to-image.
+    # Size, length and frame rate of the training samples; one frame is text-to-image.
     video: VideoConfig = field(default_factory=VideoConfig)
-    # What turns pixels into the latents that the model sees.
+    # The tokenizer, which turns pixels into the latents that the model sees.
     tokenizer: TokenizerConfig = field(default_factory=VTPTokenizerConfig)
-    # What turns captions into tokens.
+    # The text encoder, which turns captions into tokens.
     text_encoder: TextEncoderConfig = field(default_factory=ByteLevelConfig)
     # The network.
     model: ModelConfig = field(default_factory=VideoMMDiTConfig)
-    # The objective `ddpm`.
+    # Settings of the objective `ddpm`.
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    # The objective `flow_matching`.
+    # Settings of the objective `flow_matching`.
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     # Optimization, reports, checkpoints and previews.
     train: TrainConfig = field(default_factory=TrainConfig)
-    # A tracker that figures and previews go to as well.
+    # A tracker to which figures and previews are also sent.
     track: TrackConfig = field(default_factory=TrackConfig)
-    # How a model lies on several GPUs.
+    # How a model is distributed over several GPUs.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     # The moving average of the weights, with which pictures are drawn.
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -66,17 +66,17 @@ class ExperimentConfig:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     # How captions are varied from step to step.
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
-    # What is trained on, and how it is read.
+    # The sources of the training data, and how they are read.
     data: DataConfig = field(default_factory=DataConfig)
     # Token routing, which makes training steps cheaper.
     tread: TreadConfig = field(default_factory=TreadConfig)
     # Adapters: small trained updates beside frozen weights.
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    # Alpha of adapters in phases.
+    # Alpha of adapters, changed in phases.
     alpha_schedule: AlphaScheduleConfig = field(default_factory=AlphaScheduleConfig)
     # Two sets of adapters, one for high and one for low noise.
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    # What the model card beside an export says of licence and data.
+    # What the model card beside an export says about licence and data.
     card: CardConfig = field(default_factory=CardConfig)
     # Training with a reward; only `mmdit posttrain` reads it.
     posttrain: PosttrainConfig | None = None
@@ -102,13 +102,13 @@ class ExperimentConfig:
 
     @property
     def sample_size(self) -> tuple[int, int, int, int]:
-        """Return width, height, frames and frames a second of what is drawn unless another size
-        is asked for; with buckets that of the first one."""
+        """Return the width, height, number of frames and frame rate of samples for which no other
+        size is asked; with buckets, the size is that of the first one."""
         width, height = target_sizes(self.video, self.bucketing, self.tokenizer.latent_f)[0]
         return width, height, self.video.num_frames, self.video.sample_fps
 
 
 def load_experiment_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read a YAML config with `section.key=value` overrides. ConfigError says file, line and dotted
-    path."""
+    """Read a YAML config, with `section.key=value` overrides. ConfigError names file, line and
+    dotted path."""
     return config_io.load(ExperimentConfig, path, overrides)

@@ -1,4 +1,5 @@
-"""Tell which settings of a configuration have no part in a training, as others have it."""
+"""Find settings of a configuration that have no effect in its training because of other
+settings."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from mmdit.posttrain.posttrain_config import GENERATED
 
 
 def idle_keys(config: ExperimentConfig) -> list[str]:
-    """Return a line for the settings that a person has changed, and that another setting leaves
-    without a part in training. They stand in configs that switch between two ways, so they are no
-    error; but who meant them should know."""
+    """Return a line for each reason why settings that a person changed have no effect in this
+    training. Configs that switch between two ways contain such settings, so they are no error; but
+    whoever meant them should know."""
     lines = []
     for reason, section, names in _rows(config):
         changed = [f"{section}.{name}" for name in changed_keys(getattr(config, section), names)]
@@ -22,7 +23,8 @@ def idle_keys(config: ExperimentConfig) -> list[str]:
 
 
 def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Yield why, in which section, and which keys of it (none: all) have no part."""
+    """Yield for each reason the reason itself, the section, and its keys without effect (none: all
+    of its keys)."""
     train, experts = config.train, config.experts
     for section in ("bucketing", "tread", "lora", "alpha_schedule", "experts", "ema"):
         if not getattr(config, section).enabled:

@@ -29,8 +29,9 @@ from mmdit.training.trust import asks_for, check_sizes, refuse_foreign_code, sta
 
 
 class Loader:
-    """Loads checkpoints one after another, as `load_pipeline` does with the same arguments. Those
-    of one run that are configured alike share a pipeline, whose weights alone are changed."""
+    """Loads checkpoints one after the other, as `load_pipeline` does with the same arguments.
+    Checkpoints of one run with equal configs share a pipeline, of which only the weights are
+    replaced."""
 
     def __init__(
         self,
@@ -45,10 +46,10 @@ class Loader:
 
     def load(self, path: str | Path) -> tuple[Pipeline, ExperimentConfig, bool]:
         """Return the pipeline of a checkpoint, its config, and whether it is the pipeline of the
-        call before, which then has other weights."""
+        last call with new weights in it."""
         weights = self._other_weights(path)
         if weights is None:
-            self._last = None  # there need not be room for two
+            self._last = None  # free it first: there may not be room for two
             words = (self.device, self.use_ema, True, self.overrides, self.offload)
             pipeline, config = load_pipeline(path, *words)
             if pipeline.checkpoint is not None and pipeline.checkpoint.is_dir():
@@ -61,9 +62,9 @@ class Loader:
         return pipeline, config, True
 
     def _other_weights(self, path: str | Path) -> checkpoint.Weights | None:
-        """Return the weights of a checkpoint that take the place of those in the last pipeline;
-        None: it needs one of its own. Merged adapters are no weights of their own any more, and
-        what waits elsewhere is not in its place."""
+        """Return the weights of a checkpoint if they can replace those in the last pipeline, or
+        None if it needs a new one. They cannot if adapters were merged, since these have no
+        separate weights any more, or if networks are offloaded."""
         if self._last is None or self.offload != "none":
             return None
         _, config, last = self._last
@@ -79,7 +80,7 @@ class Loader:
 
 
 def _put(weights: checkpoint.Weights, learner: Learner) -> None:
-    """Give a learner the weights of a checkpoint. ValueError: they do not fit."""
+    """Copy the weights of a checkpoint into a learner. ValueError if they do not fit."""
     assign(
         learner.state_dict(),
         weights.tensors,
@@ -98,8 +99,8 @@ def load_pipeline(
 ) -> tuple[Pipeline, ExperimentConfig]:
     """Return a trained model with its tokenizer, ready to sample, and its config. `path` is a run
     folder, a checkpoint folder, an export, or a release of Wan. If it holds one of a release's two
-    experts, the other is loaded from the release. `lora`: merge its adapters, leave them out, or
-    (None) keep them. `offload`: other than none, the networks stay on the CPU for
+    experts, the other is loaded from the release. `lora`: merge the adapters (True), leave them out
+    (False), or keep them (None). With `offload` other than none, the networks stay on the CPU for
     `offload_pipeline`.
     """
     where, release = choose_device(device), release_config(path)
@@ -122,7 +123,7 @@ def load_pipeline(
     config = resolved(config)
     refuse_foreign_code(config, list(overrides), source)
     config = stay_offline(config, list(overrides))
-    # What came with weights names no folder to write into; the command may.
+    # A config that came with weights must not name a folder to write into; the command may.
     if config.text_encoder.cache_dir and not asks_for("text_encoder.cache_dir", list(overrides)):
         config = replace(config, text_encoder=replace(config.text_encoder, cache_dir=""))
     tokenizer = build_tokenizer(config.tokenizer, device=where).plain

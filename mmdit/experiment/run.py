@@ -73,9 +73,9 @@ def run_training(
     resume: bool = False,
     command: str = "",
 ) -> bool:
-    """Train as configured. Return True when max_steps was reached, False when it was asked to stop
-    (continue with resume). `cache_dir`: what is trained on where `data.sources` is empty;
-    `command`: what was typed, for the record."""
+    """Train as configured. Return True when max_steps was reached, False when the training was
+    asked to stop (continue with `resume`). `cache_dir`: the cache to train on if `data.sources` is
+    empty; `command`: the command line, for the record."""
     config, sources = resolved(config), sources_of(config, cache_dir)
     train = config.train
     with (
@@ -120,10 +120,10 @@ def run_training(
 def find_start(
     config: ExperimentConfig, resume: bool, world: World, prunes: bool = True
 ) -> Path | None:
-    """Return the checkpoint to continue from, every byte of it looked at, or None for a new run. A
-    folder that holds a run is never written over. A restart by torchrun goes on as `resume` does,
-    or begins anew where nothing was saved yet. `prunes`: remove what a kill left of older
-    checkpoints."""
+    """Return the checkpoint to continue from, after checking all of its bytes, or None for a new
+    run. ValueError unless a folder with a run is to be continued: it is never overwritten. A
+    restart by torchrun continues as with `resume`, or begins anew if nothing was saved yet.
+    `prunes`: finish the removal of old checkpoints that a kill interrupted."""
     run_dir = config.run_dir
     again = continues(run_dir, world)
     newest = checkpoint.latest(run_dir, None if resume or again else ())
@@ -137,7 +137,8 @@ def find_start(
             " --resume, choose another experiment_name, or remove the folder"
         )
     if newest is not None and prunes:
-        # What a changed config no longer keeps stays until the next save: then it was told.
+        # Checkpoints that only a changed config would remove stay until the next save; the change
+        # has been reported by then.
         stored = config_io.completed(ExperimentConfig, checkpoint.Meta.read(newest).config)
         kept = stored.get("train") or {}
         keep = (kept.get("keep_last", 0), kept.get("keep_every_steps", 0))
@@ -148,8 +149,8 @@ def find_start(
 def agree_on_start(
     config: ExperimentConfig, resume: bool, world: World, prunes: bool = True
 ) -> Path | None:
-    """Return what `find_start` gives on the main process; every process must call. ValueError: a
-    process does not find it on its disk."""
+    """Return the main process's result of `find_start`; every process must call. ValueError if a
+    process does not find that checkpoint on its disk."""
     start = world.share(lambda: find_start(config, resume, world, prunes))
     there = world.gather(start is None or (start / checkpoint.META).is_file())
     if not all(there):
@@ -163,7 +164,7 @@ def agree_on_start(
 
 @dataclass
 class Run:
-    """The learner and the state of a training run, and what is written of it. `start`: the
+    """The learner and the state of a training run, and the files written for it. `start`: the
     checkpoint that it continues from, None for a new run."""
 
     config: ExperimentConfig
@@ -174,8 +175,8 @@ class Run:
     data: list[dict[str, Any]] = field(default_factory=list)  # `contents` of its sources
     learner: Learner = field(init=False)
     state: TrainState = field(init=False)
-    origin: dict[str, Any] = field(init=False)  # of what a resume reads again from elsewhere
-    facts: dict[str, Any] = field(init=False)  # of the batches; stored in each checkpoint
+    origin: dict[str, Any] = field(init=False)  # check sum of what a resume reads from elsewhere
+    facts: dict[str, Any] = field(init=False)  # about batches and data; stored in each checkpoint
     drawn: dict[str, Tensor] = field(init=False, default_factory=dict)  # frame numbers for shards
     background: BackgroundSaves | None = field(init=False)  # None: training waits for saves
 
@@ -190,7 +191,7 @@ class Run:
         if cuts and config.video.num_frames > 1:  # shards cannot draw them
             self.drawn = drawn_frames(self.learner.model, config.seed)
         self._initialise(late)
-        # What no checkpoint holds is summed before it is moved, cut or rounded.
+        # Weights that no checkpoint holds are summed before they are moved, sharded or rounded.
         frozen = frozen_elsewhere(self.learner)
         self.origin = {"crc32": sum_of([frozen])} if frozen else {}
         pure_bf16 = config.train.precision == "pure_bf16"
@@ -210,16 +211,16 @@ class Run:
         self.background = BackgroundSaves(self.world) if config.train.save_in_background else None
 
     def _check_networks(self) -> None:
-        """Refuse networks that cannot be trained so, and let those that continue pictures be given
-        them."""
+        """Raise ConfigError for networks that cannot be trained as configured; connect networks
+        that continue pictures with these pictures."""
         for network in self.learner.parts().values():
             network.check_trainable(self.config)
             if network.picture != "none":
                 self.learner.conditions = Pictures(network, self.tokenizer).of_latents
 
     def _initialise(self, late: bool) -> None:
-        """Give the weights of a new run their values at step 0, but those of `train.init_from` if
-        they come `late`."""
+        """Set the weights of a new run for step 0. If those of `train.init_from` come `late`, after
+        sharding, nothing is set here."""
         config = self.config
         if self.start is not None or late:
             return
@@ -229,7 +230,7 @@ class Run:
             self.learner.model.number_frames(config.seed)
 
     def _start_from(self) -> None:
-        """Take over the weights of `train.init_from`."""
+        """Load the weights of `train.init_from`, and print what it reports."""
         spec, fingerprint = self.tokenizer.spec, self.tokenizer.fingerprint
         for line in start_from(self.learner, self.config, spec, fingerprint):
             self.world.print(line)
@@ -254,8 +255,8 @@ class Run:
             )
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of `state`; of adapters also files to hand on, of all of them and of
-        each expert alone."""
+        """Write a checkpoint of `state`; with adapters, also files to share, for all adapters
+        together and for each expert."""
         config, model = self.config, self.learner.model
         meta = checkpoint.Meta(
             state.step,
@@ -283,10 +284,10 @@ class Run:
         )
 
     def previews(self, tracker: Tracker | None = None) -> Previews | None:
-        """Return what draws pictures while training, after drawing those that a kill between a
-        checkpoint and its pictures left out. None in a process that has no part in it."""
+        """Return the previews of this training, after drawing a preview that a kill left out
+        between a checkpoint and its pictures. None in a process that takes no part in them."""
         config, learner, main = self.config, self.learner, self.world.is_main
-        # Where processes compute together, all of them draw, and the main one writes.
+        # If processes compute together, all of them draw, and the main one writes.
         together = learner.sharded or self.world.context is not None
         if not config.train.sample_every_steps or not (main or together):
             return None
@@ -325,7 +326,7 @@ def describe(
     plan: BatchPlan | MixedPlan,
     device: torch.device,
 ) -> None:
-    """Say what is about to happen."""
+    """Print what is about to happen."""
 
     def millions(module: nn.Module) -> str:
         return f"{parameter_count(module) / 1e6:.1f} M"
@@ -349,7 +350,7 @@ def describe(
 
 
 def slow_products(config: ExperimentConfig, device: torch.device) -> Iterator[str]:
-    """Yield a line if float32 would be much faster than the bfloat16 that a config asks for."""
+    """Yield a line if float32 would be much faster than the bfloat16 that the config asks for."""
     precision = config.train.precision
     if device.type != "cpu" or precision == "fp32":
         return

@@ -1,5 +1,5 @@
-"""Refuse experts whose turns fall in step with the data, so that one of them would never see what
-the other is trained on."""
+"""Refuse experts whose turns coincide with a pattern in the data, so that one of them would never
+see some of what the other is trained on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.mixture import MixedPlan
 from mmdit.diffusion.expert_schedule import ExpertSchedule
 
-LOOKED_AT = 20_000  # steps: a regular pattern shows long before
-EXPECTED = 8  # steps on the same, on the average; none of them is no chance
+LOOKED_AT = 20_000  # steps that are checked: a regular pattern shows long before
+EXPECTED = 8  # steps of an expert on some data, on average; with so many, seeing none is not chance
 
 
 def check_turns(
     experts: ExpertSchedule | None, plan: BatchPlan | MixedPlan, max_steps: int
 ) -> None:
-    """Raise ConfigError where an expert has its turns and sees nothing of a source, or no single
-    frames, or no clips: steps of a kind are spread evenly, and so are the turns."""
+    """Raise ConfigError if an expert would never see a source, or single frames, or clips, in its
+    turns. This can happen because turns, and the steps on each kind of data, are spread evenly."""
     if experts is None or experts.routing != "block":
         return
     steps = range(min(max_steps, LOOKED_AT))

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from mmdit.config import ConfigError, decode
-from mmdit.posttrain.dpo_offline import read_pairs
+from mmdit.posttrain.dpo_offline import MADE_OF, SUMS, read_pairs, sum_of_text
 from mmdit.posttrain.posttrain_config import PosttrainConfig
+from mmdit.posttrain.prompt_lists import Prompts, written_prompts
 from mmdit.posttrain.rewards import Brightness
 from mmdit.scripts import export, posttrain
 from mmdit.text_encoders.byte_level import ByteLevelEncoder
@@ -149,11 +150,11 @@ def test_a_resume_with_other_real_samples_says_so_and_an_export_does_not_name_th
 def test_pairs_of_another_form_are_refused_where_they_are_read(tmp_path):
     """Pairs that a model can learn from, and the same with one tensor of another kind."""
     path, shape = tmp_path / "pairs.safetensors", (1, 2, 3, 8)
-    session = SimpleNamespace(shape=shape, prompts=range(5))
+    session = SimpleNamespace(shape=shape, prompts=Prompts(list("abcde")))
     good = {name: torch.randn(4, *shape).half() for name in ("win", "lose")}
     good["prompts"] = torch.arange(4, dtype=torch.int32)
     save_file(good, path)
-    assert read_pairs(path, session)["prompts"].dtype == torch.int64
+    assert read_pairs(path, session).prompts.dtype == torch.int64
     for name, tensor, message in (
         ("prompts", torch.zeros(4), r"its prompts is float32 \(4,\)"),
         ("prompts", torch.zeros(4, dtype=torch.bool), "its prompts is bool"),
@@ -165,6 +166,40 @@ def test_pairs_of_another_form_are_refused_where_they_are_read(tmp_path):
         save_file(good | {name: tensor}, path)
         with pytest.raises(ConfigError, match=message):
             read_pairs(path, session)
+
+
+def test_pairs_of_a_person_name_prompts_by_their_places_in_the_file(shop, tmp_path, capsys):
+    """Those to train on are fewer: some are held out. What a run made is known by its texts."""
+    path, place = tmp_path / "pairs.safetensors", torch.tensor([1, 3, 16, 9])
+    win = place.float().reshape(4, 1, 1, 1, 1).expand(4, 1, 2, 3, 8).contiguous()
+    given = {"win": win, "lose": -win, "prompts": place}
+    save_file(given, path)
+    file = tmp_path / "prompts.yaml"
+    file.write_text("prompts:\n" + "".join(f"- number {i}\n" for i in range(20)))
+
+    def read(held: int) -> list[tuple[float, str]]:
+        prompts, _ = written_prompts(file, held)
+        pairs = read_pairs(path, SimpleNamespace(shape=(1, 2, 3, 8), prompts=prompts))
+        assert len(pairs) + pairs.held_out == 4
+        captions = [prompts.captions[i] for i in pairs.prompts.tolist()]
+        return list(zip(pairs.win[:, 0, 0, 0, 0].tolist(), captions, strict=True))
+
+    assert read(0) == [(i, f"number {i}") for i in place.tolist()]
+    assert read(2) == [(i, f"number {i}") for i in (1, 3, 9)]  # every eighth is held out
+    words = ["posttrain.algorithm=dpo", f"posttrain.prompts={file}", *SRPO_WORDS[1:]]
+    words += [f"posttrain.dpo={{pairs: {path}, batch: 3}}", "posttrain.prompts_per_epoch=16"]
+    words += ["posttrain.rewards=[{type: brightness}]", "--dry-run"]
+    posttrain.main(command(shop, "by_places", *words))
+    told = capsys.readouterr().out
+    assert f"pairs: 3 of {path}" in told and "1 more are of prompts that are held out" in told
+    save_file(given, path, {MADE_OF: "1"})  # by a run of an earlier version: among the trained
+    assert read(2) == list(zip(place.tolist(), [f"number {i}" for i in (2, 4, 19, 11)]))
+    sums = torch.tensor([sum_of_text(f"number {i}") for i in place.tolist()])
+    save_file(given | {"prompts": torch.zeros(4, dtype=torch.int64), SUMS: sums}, path)
+    assert read(2) == [(i, f"number {i}") for i in (1, 3, 9)]
+    save_file(given | {SUMS: sums + 1}, path)
+    with pytest.raises(ConfigError, match="a prompt is not in the list"):
+        read(0)
 
 
 def test_a_key_that_the_algorithm_does_not_use_is_refused():

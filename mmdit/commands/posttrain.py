@@ -319,7 +319,7 @@ def data_of(session: Session, video: VideoConfig) -> list[dict[str, Any]]:
         pairs = stored_pairs(session)
         assert pairs is not None, "the config names them"
         path = Path(config.dpo.pairs)
-        row = {"path": with_tilde(str(path.resolve())), "items": len(pairs["prompts"])}
+        row = {"path": with_tilde(str(path.resolve())), "items": len(pairs)}
         return [{"source": "", **row, "crc32": Sum.of_file(path).crc}]
     return []
 
@@ -356,10 +356,15 @@ def describe_session(session: Session) -> list[str]:
         ]
     elif not config.compares_samples:
         clean, noisy = session.levels.between
-        rows += [
-            f"pairs: {config.dpo.pairs}; {config.dpo.batch} an update",
-            f"trained noise levels: {noisy:.3f} → {clean:.3f}",
-        ]
+        pairs = stored_pairs(session)
+        assert pairs is not None, "the config names them"
+        rows.append(f"pairs: {len(pairs)} of {config.dpo.pairs}; {config.dpo.batch} an update")
+        if pairs.held_out:
+            rows.append(
+                f"  {pairs.held_out} more are of prompts that are held out for evaluation, and are"
+                " not learned from: posttrain.eval_prompts=0 holds none out"
+            )
+        rows.append(f"trained noise levels: {noisy:.3f} → {clean:.3f}")
     else:
         noisy = session.rollouts.noisy_steps(0)
         stored = session.rollouts.storage(noisy).bytes(dimensions)
@@ -372,7 +377,7 @@ def describe_session(session: Session) -> list[str]:
             pairs = stored_pairs(session)
             made = f"best and worst of {config.dpo.collect} prompts, made once in such epochs"
             if pairs is not None:
-                made = f"the {len(pairs['prompts'])} that this run has made"
+                made = f"the {len(pairs)} that this run has made"
             rows.append(f"pairs: {made}; {config.dpo.batch} an update")
         where = "the CPU" if config.storage.offload else str(world.device)
         rows.append(

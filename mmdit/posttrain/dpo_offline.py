@@ -4,8 +4,10 @@ groups, collected once."""
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from mmdit.files import clean, write_atomically
 from mmdit.foreign import explain_errors
 from mmdit.posttrain.means import Means
 from mmdit.posttrain.online import extremes, pair_terms
+from mmdit.posttrain.prompt_lists import Prompts
 from mmdit.posttrain.session import Session
 from mmdit.rng import generator
 from mmdit.training.origin import sum_of
@@ -25,6 +28,22 @@ from mmdit.weights import is_finite, tensor_pieces
 
 MADE_OF = "mmdit_made_of"  # in the header of a run's own pairs: see `made_of`
 WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16)  # types of places in a list of prompts
+SUMS = "caption_crc32"  # of a run's own pairs: check sums of their prompts, int64 (pairs,)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Latents `(pairs, F, h, w, C)` of winners and losers, the places of their `prompts (pairs,)`
+    among those that are trained on, and how many pairs of the file are of prompts that are held
+    out for evaluation, and therefore not here."""
+
+    win: Tensor
+    lose: Tensor
+    prompts: Tensor
+    held_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
 def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
@@ -42,19 +61,18 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
             write_atomically(path, tensor_pieces(collected, header))
         world.barrier()
         pairs = read_pairs(path, session)
-    prompts = pairs["prompts"]
-    _check_batch(session, len(prompts))
+    _check_batch(session, len(pairs))
 
     def update() -> dict[str, float]:
         order = torch.randperm(
-            len(prompts), generator=generator(session.seed, "pairs", session.state.step)
+            len(pairs), generator=generator(session.seed, "pairs", session.state.step)
         )
         drawn = order[:batch][world.rank :: world.size]
         means = Means()
         for rows in drawn.split(max(1, session.config.micro_batch // 2)):  # both of each pair
-            win, lose = (pairs[name][rows].to(session.device).float() for name in ("win", "lose"))
+            win, lose = (side[rows].to(session.device).float() for side in (pairs.win, pairs.lose))
             share = len(rows) / len(drawn)
-            for loss, more in pair_terms(session, win, lose, prompts[rows], rows):
+            for loss, more in pair_terms(session, win, lose, pairs.prompts[rows], rows):
                 (loss * share).backward()
                 means.add(more, share)
         return session.update() | means.over(world)
@@ -67,7 +85,7 @@ def pairs_file(session: Session) -> Path:
     return Path(session.config.dpo.pairs or session.run_dir / "pairs.safetensors")
 
 
-def stored_pairs(session: Session) -> dict[str, Tensor] | None:
+def stored_pairs(session: Session) -> Pairs | None:
     """Return the pairs, None if they are still to be made: a new run takes those of an earlier one
     in its folder, which was ended before its first checkpoint, only if it would make the same.
     ConfigError: they do not fit the run, or cannot fill a batch."""
@@ -75,7 +93,7 @@ def stored_pairs(session: Session) -> dict[str, Tensor] | None:
     made = path.is_file() and (session.state.step > 0 or _stored_sum(path) == made_of(session))
     if session.config.dpo.pairs or made:
         pairs = read_pairs(path, session)
-        _check_batch(session, len(pairs["prompts"]))
+        _check_batch(session, len(pairs))
         return pairs
     epoch = session.config.prompts_per_epoch
     _check_batch(session, math.ceil(session.config.dpo.collect / epoch) * epoch)
@@ -112,8 +130,8 @@ def _check_batch(session: Session, count: int) -> None:
 
 
 def collect_pairs(session: Session) -> dict[str, Tensor]:
-    """Return pairs from whole epochs of rollouts with the first model, for `dpo.collect` prompts;
-    groups with equal rewards give none."""
+    """Return the tensors of pairs from whole epochs of rollouts with the first model, for
+    `dpo.collect` prompts; groups with equal rewards give none."""
     config, rollouts = session.config, session.rollouts
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for epoch in range(math.ceil(config.dpo.collect / config.prompts_per_epoch)):
@@ -132,18 +150,25 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
             "no group had samples of different reward, so there is no pair to learn from; take a"
             " larger posttrain.group_size or another reward"
         )
-    return {name: value[order] for name, value in pairs.items()}
+    pairs = {name: value[order] for name, value in pairs.items()}
+    captions = session.prompts.captions
+    sums = [sum_of_text(captions[place]) for place in pairs["prompts"].tolist()]
+    return pairs | {SUMS: torch.tensor(sums)}
 
 
-def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
-    """Return the pairs of a file. ConfigError: it cannot be read, or is of another run."""
+def read_pairs(path: Path, session: Session) -> Pairs:
+    """Return the pairs of a file. Places are those in the whole list of prompts, of which some may
+    be held out; pairs that a run made are known by the check sums of their prompts. ConfigError: it
+    cannot be read, or is of another run."""
     shape = session.shape
     try:
         with explain_errors(path, "file of pairs"):
             pairs = load_file(path)
             count = len(pairs["prompts"])
-            if pairs["prompts"].ndim != 1 or pairs["prompts"].dtype not in WHOLE_NUMBERS:
-                raise ValueError(f"its prompts is {form_of(pairs['prompts'])}")
+            for name in ("prompts", SUMS):
+                numbers = pairs.get(name, pairs["prompts"])
+                if numbers.shape != (count,) or numbers.dtype not in WHOLE_NUMBERS:
+                    raise ValueError(f"its {name} is {form_of(numbers)}")
             for name in ("win", "lose"):
                 if pairs[name].shape != (count, *shape) or not pairs[name].is_floating_point():
                     raise ValueError(f"its {name} is {form_of(pairs[name])}")
@@ -155,17 +180,40 @@ def read_pairs(path: Path, session: Session) -> dict[str, Tensor]:
                     f"win and lose are one sample in {len(same)} of its pairs, first in {same[0]}:"
                     " nothing but rounding would be learned from those"
                 )
-            pairs["prompts"] = pairs["prompts"].long()
-            if not ((pairs["prompts"] >= 0) & (pairs["prompts"] < len(session.prompts))).all():
-                raise ValueError("a prompt is not in the list")
+            places = _trained_places(path, pairs, session.prompts)
     except ValueError as error:
         raise ConfigError(
             "posttrain.dpo.pairs",
             f"is {str(path)!r}: {error}; it must hold win and lose (pairs,"
             f" {', '.join(map(str, shape))}), floats, and prompts (pairs,), int64: places in the"
-            " list",
+            " list of posttrain.prompts, from 0",
         ) from None
-    return pairs
+    kept = places >= 0
+    held_out = count - int(kept.sum())
+    return Pairs(pairs["win"][kept], pairs["lose"][kept], places[kept], held_out)
+
+
+def _trained_places(path: Path, pairs: dict[str, Tensor], prompts: Prompts) -> Tensor:
+    """Return the place of each pair's prompt among those that are trained on, -1 for one that is
+    held out. ValueError: it is not in the list."""
+    written = prompts.captions if prompts.written is None else prompts.written
+    if SUMS in pairs:
+        written = list(dict.fromkeys(written))
+        known = {sum_of_text(caption): place for place, caption in enumerate(written)}
+        places = [known.get(number, -1) for number in pairs[SUMS].tolist()]
+    else:
+        if _stored_sum(path) is not None:  # an earlier version made it
+            written = prompts.captions
+        places = pairs["prompts"].tolist()
+    if not all(0 <= place < len(written) for place in places):
+        raise ValueError("a prompt is not in the list")
+    trained = {caption: place for place, caption in reversed([*enumerate(prompts.captions)])}
+    return torch.tensor([trained.get(written[place], -1) for place in places])
+
+
+def sum_of_text(text: str) -> int:
+    """Return the check sum by which a prompt is known."""
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
 def form_of(tensor: Tensor) -> str:

@@ -13,10 +13,12 @@ from mmdit.foreign import explain_errors
 
 @dataclass(frozen=True)
 class Prompts:
-    """`facts`: what a generated data set knows of each prompt, for rewards that need it."""
+    """`facts`: what a generated data set knows of each prompt, for rewards that need it. `written`:
+    the whole list of the file that these prompts to train on are from; None: they are all of it."""
 
     captions: list[str]
     facts: list[Any] | None = None
+    written: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -40,7 +42,7 @@ def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]
     held_out = dict.fromkeys(different[::8])
     trained = [caption for caption in captions if caption not in held_out]
     seen = list(dict.fromkeys(trained))
-    return Prompts(trained), {
+    return Prompts(trained, written=captions), {
         "seen": Prompts(seen[:held]),
         "held_out": Prompts(list(held_out)[:held]),
     }

@@ -43,7 +43,7 @@ def start() -> None:
     """Start the command line, with output that suits any terminal."""
     try:
         run(main)
-    except KeyboardInterrupt:  # while a command is loaded, for seconds: later it is told there
+    except KeyboardInterrupt:  # while a command is loaded, for seconds; later, `run` reports it
         if os.environ.get("MMDIT_TRACE"):
             raise
         print("interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The ranges in which pixels are held, and every way between them:
+"""Convert pixels between the ranges in which they are held:
 
 uint8     0 … 255, rounded             files, data workers, moving shapes
 unit      float32 in [0, 1]            everywhere outside tokenizers and encoders of pictures
@@ -34,8 +34,8 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_shown(pixels: Tensor) -> Tensor:
-    """Return unit pixels, or uint8 as they are, as uint8 on the CPU for a person or a file.
-    ValueError: not finite, which would be black."""
+    """Return pixels, unit or uint8, as uint8 on the CPU, to be shown or written to a file.
+    ValueError if they are not finite: they would come out black."""
     if pixels.dtype == torch.uint8:
         return pixels.cpu()
     if not is_finite(pixels):
@@ -47,12 +47,12 @@ def to_shown(pixels: Tensor) -> Tensor:
 
 
 def to_signed(pixels: Tensor) -> Tensor:
-    """Return unit pixels in [-1, 1]."""
+    """Return unit pixels as signed ones, in [-1, 1]."""
     return pixels * 2 - 1
 
 
 def from_signed(pixels: Tensor) -> Tensor:
-    """Return the unit pixels, clamped, of `to_signed`."""
+    """Return signed pixels as unit ones, clamped: the inverse of `to_signed`."""
     return (pixels / 2 + 0.5).clamp(0, 1)
 
 
@@ -65,17 +65,17 @@ def resized(pixels: Tensor, width: int, height: int) -> Tensor:
 
 
 class Standard:
-    """The way from unit pixels `(…, 3, H, W)` to those of a network trained on pictures with these
-    statistics, and back."""
+    """Converts between unit pixels `(…, 3, H, W)` and those of a network that was trained on
+    pictures with these `statistics` (mean and deviation of each colour)."""
 
     def __init__(self, statistics: Statistics, device: torch.device | str):
         mean, deviation = (torch.tensor(values, device=device) for values in statistics)
         self.mean, self.deviation = mean.view(3, 1, 1), deviation.view(3, 1, 1)
 
     def to_standard(self, pixels: Tensor) -> Tensor:
-        """Return unit pixels with mean 0 and deviation 1."""
+        """Return unit pixels as standard ones: less the mean, divided by the deviation."""
         return (pixels - self.mean) / self.deviation
 
     def to_unit(self, pixels: Tensor) -> Tensor:
-        """Return the unit pixels, clamped, of `to_standard`."""
+        """Return standard pixels as unit ones, clamped: the inverse of `to_standard`."""
         return (pixels * self.deviation + self.mean).clamp(0, 1)

@@ -1,6 +1,6 @@
-"""Find what a file that is handed on must not say: where things lie on this machine, and secrets.
+"""Find what a file must not say when it is handed on: paths of this machine, and secrets.
 
-`portable_config` and `without_paths` take such places out of what is written; `private_parts` finds
+`portable_config` and `without_paths` take such paths out of what is written; `private_parts` finds
 what is left, before something is sent.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-# Places that are needed to load a model again: they stay, the home folder as `~`.
+# Keys whose paths are needed to load a model again: these paths stay, with `~` for the home folder.
 NEEDED = (
     "tokenizer.name_or_path",
     "tokenizer.repo_path",
@@ -28,9 +28,10 @@ ABSOLUTE = re.compile(r"/(?!/)|~|[A-Za-z]:[\\/]|\\\\|file:/")
 _PART = r"[^\s/\\\"'`<>|:;,()\[\]{}*?$&]"
 _POSIX = rf"(?:/{_PART}+)+/?"
 _WINDOWS = rf"[A-Za-z]:(?:[\\/]+{_PART}+)+[\\/]*"
-# Inside a text: not the end of an address, a date, a fraction or a word with a slash.
+# A path within a text; a match must not begin inside an address, a date, a fraction or a word with
+# a slash.
 PATH = re.compile(rf"(?<![\w/.:<~*)&;\\-])(?:(?:file://|~)?{_POSIX}|{_WINDOWS})")
-ROOTS = re.compile(  # folders at the top of common machines
+ROOTS = re.compile(  # top-level folders of common machines
     "home|root|Users|Volumes|private|mnt|media|data|scratch|lustre|gpfs|nfs|tmp|var|opt|srv|usr|etc"
     "|work|workspaces?|projects?|content|kaggle|storage"
 )
@@ -41,24 +42,25 @@ TOKEN = re.compile(
     r"|\b[a-z]+://[^\s/:@]+:[^\s/@]+@"
 )
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY")
-SHORTEST_SECRET = 12  # shorter values of such variables are words
+SHORTEST_SECRET = 12  # shorter values of such variables are ordinary words
 
 
 def is_local(text: str) -> bool:
-    """Return whether a whole text is an absolute path of some machine, or begins at a home
-    folder."""
+    """Return whether the whole of a text is an absolute path of some machine, or a path that begins
+    at a home folder."""
     return ABSOLUTE.match(text) is not None
 
 
 def last_part(path: str) -> str:
-    """Return the last part of a path of any system, but of a home folder no name."""
+    """Return the last part of a path of any operating system; of a home folder not its name, but
+    "folder"."""
     windows = re.match(r"[A-Za-z]:|\\\\", path)
     place = PureWindowsPath(path) if windows else PurePosixPath(path)
     return "folder" if str(place.parent) in HOMES else place.name or "folder"
 
 
 def local_values(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted key and the text of every value in plain data that `is_local`."""
+    """Yield the dotted key and the text of every value in plain data for which `is_local` holds."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             yield from local_values(value, f"{path}.{key}".lstrip("."))
@@ -70,9 +72,9 @@ def local_values(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def portable_config(config: dict, needed: tuple[str, ...] = ()) -> dict:
-    """Return a config as plain data that does not say where things lie on this machine: of a path
-    the last part stays. Those of the keys `needed` stay whole, with `~` for the home folder, as
-    `local_values` then tells."""
+    """Return a config, as plain data, without the places where files lie on this machine: only the
+    last part of each path stays. The paths of the keys `needed` stay whole, with `~` for the home
+    folder, so `local_values` still finds them."""
     return _portable(config, "", needed)
 
 
@@ -89,7 +91,7 @@ def _portable(value: Any, path: str, needed: tuple[str, ...]) -> Any:
 
 
 def from_home(text: str) -> str:
-    """Return a text in which the home folder is `~`."""
+    """Return a text with `~` in place of the path of the home folder."""
     home = os.path.expanduser("~")
     if home in ("~", "/"):
         return text
@@ -97,12 +99,13 @@ def from_home(text: str) -> str:
 
 
 def without_paths(text: str) -> str:
-    """Return a text of words in which only the last part of every absolute path is left."""
+    """Return a text in which every absolute path is cut to its last part."""
     return PATH.sub(lambda match: last_part(match[0]), from_home(text))
 
 
 def portable_command(command: str) -> str:
-    """Return a command as it can be typed, with the last part alone of every absolute path."""
+    """Return a shell command in which every absolute path is cut to its last part; it can still be
+    typed."""
     return shlex.join(_portable_word(word) for word in shlex.split(command))
 
 
@@ -122,7 +125,7 @@ def is_loopback(host: str) -> bool:
 
 
 def secrets() -> list[str]:
-    """Return the values of environment variables whose names say that they are secret."""
+    """Return the values of the environment variables that are secret by their names."""
     return [
         value
         for name, value in os.environ.items()
@@ -131,7 +134,7 @@ def secrets() -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text in which `<secret>` stands for tokens and for values of secret environment
+    """Return a text with `<secret>` in place of tokens and of the values of secret environment
     variables."""
     for secret in secrets():
         text = text.replace(secret, "<secret>")
@@ -139,8 +142,8 @@ def without_secrets(text: str) -> str:
 
 
 def private_parts(text: str, known_secrets: list[str]) -> list[str]:
-    """Return what a text says that is nobody else's business, each in words: paths of this
-    machine, tokens (which are not repeated), and any of `known_secrets`."""
+    """Return what a text gives away, each in words: paths of this machine, tokens (which are not
+    repeated), and any of `known_secrets`."""
     said = []
     if TOKEN.search(text):
         said.append("what looks like a token or a password")
@@ -159,6 +162,6 @@ def private_parts(text: str, known_secrets: list[str]) -> list[str]:
 
 
 def _is_here(path: str) -> bool:
-    """Return whether an absolute path may be of this machine, or of one like it."""
+    """Return whether an absolute path may belong to this machine, or to one like it."""
     first, *rest = path.strip("/").split("/")
     return bool(rest) and bool(ROOTS.fullmatch(first) or Path(f"/{first}").is_dir())

@@ -30,7 +30,8 @@ def shipped_path(name: str | Path) -> Path | None:
 def find(path: str | Path) -> Path:
     """Return `path` if it exists, else the shipped file of that name, else `path` as it is.
 
-    So `configs/quickstart.yaml` means the same from any folder; a file of one's own comes first.
+    So `configs/quickstart.yaml` means the same from any folder, and a user's file of that name
+    comes first.
     """
     given = expanded(path)
     if given.exists():

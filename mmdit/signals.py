@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 
 def hang_ups() -> list[int]:
-    """Return SIGHUP, which a closed terminal sends; nothing where there is none, or where it is
-    ignored, as nohup asks."""
+    """Return a list of SIGHUP, the signal that a closed terminal sends; an empty list on systems
+    without it, or where it is ignored, as under nohup."""
     hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
     return [hang_up] if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN else []
 
 
 @contextmanager
 def handling(handler: Callable, *numbers: int) -> Iterator[None]:
-    """Have `handler` called for these signals in the block; not in other threads than the main one,
-    to which no signal comes."""
+    """Call `handler` for these signals while the block runs. In other threads than the main one
+    this does nothing: Python delivers signals to the main thread only."""
     try:
         previous = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not the main thread
@@ -32,7 +32,7 @@ def handling(handler: Callable, *numbers: int) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block for SIGTERM and SIGHUP, too."""
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP, too, while the block runs."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt

@@ -1,9 +1,8 @@
-"""Print any text on any terminal, file or pipe, and no text that commands the terminal.
+"""Print any text to any terminal, file or pipe, without letting the text control the terminal.
 
 Names of tensors, keys of stored configs and lines of JSONL files are written by others: an escape
-sequence in one of them could
-set the title, clear the screen or fill the clipboard. And a "→" must not end a command whose
-output goes to a file in cp1252.
+sequence in one of them could set the title, clear the screen or fill the clipboard. And a "→" must
+not end a command whose output goes to a file in cp1252.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ def _escaped(match: re.Match) -> str:
 
 
 def plain(text: str) -> str:
-    """Return `text` with its control characters as `\\x1b` and the like; line ends and tabs
-    stay."""
+    """Return `text` with its control characters escaped, as `\\x1b` and the like; line ends and
+    tabs stay."""
     return COMMANDS.sub(_escaped, text)
 
 
 def shown(name: object) -> str:
-    """Return a name that a file gives, for one place in one line: line ends and tabs are
-    escaped, too."""
+    """Return a name that comes from a file so that it fits into one line of output: control
+    characters are escaped, line ends and tabs included."""
     return plain(str(name)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class PlainStream:
-    """`stream`, for text of any letters: control characters, and what its encoding lacks, are
-    written escaped."""
+    """Wraps `stream` so that any text can be written to it: control characters, and characters that
+    its encoding lacks, are escaped."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -53,7 +52,7 @@ class PlainStream:
         if not MOVES.fullmatch(text):
             begins = (
                 "\r" if text.startswith("\r") else ""
-            )  # a progress bar is drawn over the last one
+            )  # a progress bar overwrites the one before
             text = begins + plain(text.removeprefix("\r"))
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
@@ -70,8 +69,8 @@ class PlainStream:
             self._drop()
 
     def _drop(self) -> None:
-        """Let what is printed go nowhere from now on: nobody reads it (`| head`, a terminal that
-        was closed), which is no reason to end hours of work."""
+        """Send all further output to the null device. Nobody reads it any more (`| head`, a
+        terminal that was closed), which is no reason to end hours of work."""
         with contextlib.suppress(OSError, ValueError):
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self.stream.fileno())
@@ -83,16 +82,17 @@ class PlainStream:
 
 
 def install() -> None:
-    """Make stdout and stderr plain, for the rest of the process. Streams that are closed lead
-    nowhere: what is opened next must not get their numbers, for libraries print to these."""
+    """Make stdout and stderr plain for the rest of the process. A standard stream that is closed is
+    opened on the null device: otherwise the next file that is opened would get its number, and
+    receive what libraries print there."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
             continue
         place: str | int = os.devnull
         try:
-            os.fstat(number)  # it is something else by now
+            os.fstat(number)  # that number belongs to something else by now
         except OSError:
-            place = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+            place = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
         setattr(sys, name, open(place, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -102,7 +102,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def plain_output() -> Iterator[None]:
-    """Make stdout and stderr plain, and put back what was there."""
+    """Make stdout and stderr plain while the block runs, then put the former streams back."""
     before = sys.stdout, sys.stderr
     install()
     try:
@@ -112,8 +112,8 @@ def plain_output() -> Iterator[None]:
 
 
 def typed_text(words: str) -> str:
-    """Return words of the command line as text; a locale of ASCII leaves their bytes as they were.
-    ValueError: they are no text in UTF-8."""
+    """Return `words` of the command line as text, decoded as UTF-8 also where the locale is ASCII
+    and Python kept their bytes as they were. ValueError if they are not UTF-8."""
     try:
         return os.fsencode(words).decode()
     except UnicodeError:
@@ -121,14 +121,14 @@ def typed_text(words: str) -> str:
 
 
 def is_memory_full(error: Exception) -> bool:
-    """Return whether Python or torch got no memory from the system."""
+    """Return whether the error says that Python or torch got no memory from the system."""
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def message_of(error: Exception) -> str:
-    """Return what to tell a person of an error, with what helps, where that is known."""
+    """Return the message of an error for the user, with a remedy where one is known."""
     text = str(error)
-    # from a data loader's process: what was raised there, without its trace
+    # an error from a data loader's process: keep its message, without the traceback
     if "Original Traceback" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     names = sys.getfilesystemencoding()
@@ -140,7 +140,7 @@ def message_of(error: Exception) -> str:
     full = is_memory_full(error)
     if full:
         text = f"the memory of this machine is full ({text.strip() or type(error).__name__})."
-    # elsewhere than in a training step, which says more
+    # a training step, which can say more, reports its own
     if full or type(error).__name__ == "OutOfMemoryError":
         text = (
             f"{text.splitlines()[0]} Take smaller batches: train.batch_size (with"

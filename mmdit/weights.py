@@ -1,5 +1,5 @@
-"""Tensors of one checkpoint, whatever files they lie in: read lazily, one at a time, without ever
-unpickling code."""
+"""Read the tensors of a checkpoint, whatever files they lie in: one at a time, and without ever
+running code that a pickle holds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mmdit.foreign import read_json, refuse_stand_in
 
-SHOWN = 4  # names in a message
+SHOWN = 4  # names that a message lists at most
 PICKLES = (".pt", ".pth", ".bin")
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
-WAN_RELEASE = (  # what lies in one
+WAN_RELEASE = (  # files and folders, any of which marks one
     "model_index.json",
     "high_noise_model",
     "low_noise_model",
@@ -31,22 +31,23 @@ WAN_RELEASE = (  # what lies in one
     "transformer_2",
     "Wan2.*_VAE.pth",
 )
-SCALES = re.compile(  # what only quantised weights come with
+SCALES = re.compile(  # tensors that only quantised weights come with
     r"(\.scale_weight|\.weight_scale(_2)?|\.scale_input|\.input_scale|(^|\.)scaled_fp8|\.comfy_quant"
     r"|\.(nested_)?(absmax|quant_map)|\.quant_state\.\w+|\.SCB|\.weight_format"
     r"|\.qweight|\.qzeros|\.g_idx|\.smooth_factor)$"
 )
-# Of float8 weights as ComfyUI stores them: the scale of each weight, or of each of its rows, and
-# what is of use to products of float8 activations alone.
+# Tensors that ComfyUI stores with float8 weights: the scale of a weight, or of each of its rows,
+# and what is needed only to multiply float8 activations.
 WEIGHT_SCALE = re.compile(r"(?P<layer>.+)\.(scale_weight|weight_scale)$")
 OF_ACTIVATIONS = re.compile(r"(\.(scale_input|input_scale|comfy_quant)|(^|\.)scaled_fp8)$")
-FLOAT8_NAMES = ("F8_E4M3", "float8_e4m3fn")  # in safetensors, in a pickle
+FLOAT8_NAMES = ("F8_E4M3", "float8_e4m3fn")  # as named in safetensors, and in a pickle
 
 Network = TypeVar("Network", bound=nn.Module)
-# what a float8 weight becomes: (its name, its codes, its scale (out, 1) or ()) → the weight
-Unpack = Callable[[str, Tensor, Tensor], Tensor]
-# what a stored tensor becomes: (its name in the model, the tensor, the type of the weight) → the
+# Turns a stored float8 weight into a weight: (its name, its codes, its scale (out, 1) or ()) → the
 # weight
+Unpack = Callable[[str, Tensor, Tensor], Tensor]
+# Turns a stored tensor into a weight: (its name in the model, the tensor, the dtype that the weight
+# should have) → the weight
 Keep = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
@@ -60,7 +61,7 @@ class Entry:
 
 
 class Stored(Protocol):
-    """What `fill` asks of a checkpoint."""
+    """What `fill` needs of a checkpoint."""
 
     entries: dict[str, Entry]
 
@@ -68,22 +69,25 @@ class Stored(Protocol):
 
 
 def shapes_of(entries: Mapping[str, Entry], names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of stored tensors by other `names`, which those without one keep."""
+    """Return the shapes of stored tensors, renamed by `names`; a tensor that `names` lacks keeps
+    its name."""
     return {names.get(name, name): entry.shape for name, entry in entries.items()}
 
 
 def scaled_float8(name: str, codes: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 weight that float8 codes and their scale stand for."""
+    """Return the float32 weight that float8 `codes` and their `scale` stand for."""
     return codes.float() * scale
 
 
 class Checkpoint:
-    """The tensors of one checkpoint. `entries`: what is stored, from the headers alone. `tensors()`
-    reads them file by file; at most one tensor is held here. ValueError: a file is missing,
-    damaged, of another format, or would run code; shards without an index, unless `parts`.
+    """The tensors of one checkpoint. `entries` says what is stored, and is read from the headers;
+    `tensors()` reads the tensors themselves, file by file and one at a time. ValueError: a file is
+    missing, damaged, of another format, or would run code; or shards lack their index, unless
+    `parts`.
 
-    Float8 weights with a scale (ComfyUI's `fp8_scaled` files) are weights like others: `scales` has
-    the name of the scale of each, which is no entry, and `unpack` says what they become.
+    Float8 weights with a scale (ComfyUI's `fp8_scaled` files) are read as ordinary weights:
+    `scales` maps the name of each to that of its scale, which is no entry, and `unpack` makes the
+    weight.
     """
 
     def __init__(self, path: str | Path, parts: bool = False, unpack: Unpack = scaled_float8):
@@ -120,7 +124,7 @@ class Checkpoint:
             yield name, tensor
 
     def _stored(self, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of these names as they are stored."""
+        """Yield the tensors with these names as they are stored."""
         for file in self.files:
             if file.suffix in PICKLES:
                 yield from ((n, tensor) for n, tensor in self._loaded[file].items() if n in names)
@@ -131,8 +135,9 @@ class Checkpoint:
                         yield name, handle.get_tensor(name)
 
     def _float8_scales(self) -> dict[str, str]:
-        """Return the scale's name of each float8 weight that has one, and take what belongs to
-        float8 alone from the entries. Nothing, if anything is quantised in another way."""
+        """Return the name of the scale of each float8 weight that has one, and remove from
+        `entries` the tensors that only accompany float8 weights. If anything is quantised in
+        another way, return nothing and remove nothing."""
         scales, beside = {}, []
         for name in filter(SCALES.search, self.entries):
             if match := WEIGHT_SCALE.match(name):
@@ -148,7 +153,8 @@ class Checkpoint:
         return scales
 
     def _scales_float8(self, weight: str, scale: str) -> bool:
-        """Return whether `scale` has a number for a float8 matrix, or for each row of it."""
+        """Return whether `weight` is a float8 matrix, and `scale` holds one number for it or for
+        each of its rows."""
         entry = self.entries.get(weight)
         if entry is None or entry.dtype not in FLOAT8_NAMES or len(entry.shape) != 2:
             return False
@@ -189,8 +195,8 @@ class Checkpoint:
 
 
 def header_of(file: Path, remedy: str = "") -> dict[str, str]:
-    """Return what the header of a safetensors file says beside its tensors. ValueError: it cannot
-    be read; `remedy` ends the message."""
+    """Return the metadata in the header of a safetensors file. ValueError if it cannot be read;
+    `remedy` ends the message."""
     refuse_stand_in(file)
     try:
         with safe_open(file, "pt") as handle:
@@ -245,7 +251,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _check_shards(path: Path, files: list[Path], shard: re.Match) -> None:
-    """Raise ValueError unless shards without an index are all there by their own names."""
+    """Raise ValueError unless `files`, shards without an index, are all that their names announce,
+    and nothing else."""
     count, start = int(shard[1]), files[0].name.removesuffix(shard[0])
     wanted = [f"{start}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if [file.name for file in files] == wanted:
@@ -259,7 +266,7 @@ def _check_shards(path: Path, files: list[Path], shard: re.Match) -> None:
 
 
 def _shards(index: Path) -> dict[str, str]:
-    """Return the file of every tensor that an index names."""
+    """Return the file of every tensor that an index lists, by the tensor's name."""
     files = read_json(index, "index of shards").get("weight_map")
     named = isinstance(files, dict) and all(
         isinstance(name, str) and name for name in files.values()
@@ -273,8 +280,8 @@ def _shards(index: Path) -> dict[str, str]:
 
 
 def is_wan_release(path: Path) -> bool:
-    """Return whether `path` is the folder of a Wan release, official or of Diffusers, whole or
-    not."""
+    """Return whether `path` is the folder of a Wan release, official or in Diffusers' layout, even
+    if incomplete."""
     for name in WAN_RELEASE:
         if any(path.glob(name)):
             return True
@@ -285,13 +292,13 @@ def is_wan_release(path: Path) -> bool:
 
 
 def unpickled_tensors(file: Path) -> dict[str, Tensor]:
-    """Return a `.pth` as a flat dictionary of tensors, with torch's restricted unpickler.
-    ValueError: it holds anything else."""
+    """Return the tensors of a `.pth` file by name, read with torch's restricted unpickler.
+    ValueError if the file holds anything else."""
     try:
         content = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )  # else older than 2020
-    except Exception as error:  # of a damaged file the unpickler raises a dozen kinds
+        )  # files without a ZIP archive are older than 2020
+    except Exception as error:  # a damaged file makes the unpickler raise a dozen types of error
         what = f"it is damaged ({type(error).__name__}), or holds more than tensors"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             what = f"it holds {code[1]}"
@@ -312,8 +319,8 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether every element is a finite number, without a copy of the size of `values`. A
-    tensor without memory (meta) holds none that is not."""
+    """Return whether every element is a finite number, without making a copy of the size of
+    `values`. An empty tensor, or one without memory (meta), counts as finite."""
     if not values.numel() or values.is_meta:
         return True
     if values.dtype.itemsize == 1:  # float8 has no comparisons
@@ -323,8 +330,8 @@ def is_finite(values: Tensor) -> bool:
 
 
 def check_numbers(name: str, tensor: Tensor, source: object) -> None:
-    """Raise ValueError unless the weight `name` of `source` holds finite real numbers: a
-    network with others draws black."""
+    """Raise ValueError unless the weight `name` of `source` holds finite real numbers: a network
+    with any others draws black."""
     if not tensor.is_floating_point():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(
@@ -345,8 +352,9 @@ def check_fits(
     source: object,
     ignored: Container[str] = (),
 ) -> None:
-    """Raise ValueError, in one sentence, unless the tensors of `stored` are the parameters of
-    `model`, as numbers: others lack, are unknown or misshapen, or are quantised. See `fill`."""
+    """Raise ValueError, in one sentence, unless the tensors of `stored` are exactly the parameters
+    of `model`, neither quantised, missing, unknown nor of another shape. Unknown ones in `ignored`
+    are allowed. For `names` and `source` see `fill`."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes = shapes_of(stored.entries, names)
     if scales := [name for name in stored.entries if SCALES.search(name)]:
@@ -379,10 +387,13 @@ def fill(
     ignored: tuple[str, ...] = (),
     keep: Keep | None = None,
 ) -> Network:
-    """Fill `model`, made without memory (on meta), with the tensors of `stored`, and return it in
-    evaluation; one tensor is read at a time. `names`: the name in the model of each stored one.
-    `keep`: gives the weight of a tensor as it lies in its file, in place of a copy on `device`.
-    ValueError, in one sentence: some lack, are unknown or misshapen.
+    """Fill `model`, built on the meta device, with the tensors of `stored`, read one at a time, and
+    return it in evaluation mode.
+
+    `names` gives a stored tensor's name in the model where it differs. `keep` returns the weight
+    for a tensor as it lies in its file, in place of a copy on `device` as `dtype(name)`. `source`
+    names the checkpoint in errors. ValueError, in one sentence: see `check_fits` and
+    `check_numbers`.
     """
     check_fits(model, stored, names, source, ignored)
     wanted = {name for name, _ in model.named_parameters()}
@@ -426,8 +437,8 @@ DTYPES = {
 def tensor_pieces(
     tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece, for `mmdit.files.write_atomically`. A tensor comes
-    to the CPU in its turn; tensors that share memory are stored apart."""
+    """Yield a safetensors file piece by piece, for `mmdit.files.write_atomically`. Each tensor is
+    copied to the CPU when its turn comes; tensors that share memory are stored separately."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -443,6 +454,6 @@ def tensor_pieces(
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the numbers of a tensor as bytes; a tensor of a CPU is not copied."""
+    """Return the bytes of a tensor's elements; a contiguous tensor on the CPU is not copied."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data

@@ -1,5 +1,5 @@
-"""Pixels in [0, 1] ↔ the pixel space of the networks (ImageNet mean and standard deviation, as in
-the public release)."""
+"""Convert between pixels in [0, 1] and the pixel space of the networks (ImageNet mean and standard
+deviation, as in the public release)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """Return pixels `(…, 3, H, W)` in [0, 1] in the network's pixel space."""
+    """Return pixels `(…, 3, H, W)` in [0, 1] as the networks take them: less the mean, divided by
+    the deviation."""
     return (pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None]
 
 

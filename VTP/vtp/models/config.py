@@ -9,7 +9,7 @@ from typing import Any
 
 from vtp.models.pretrained import CONFIG_FILE, checkpoint_folder, read_json, write_config
 
-MOST = {"depth": 1024, "image_size": 1 << 20}  # by the end of a key; other whole numbers: 2**24
+MOST = {"depth": 1024, "image_size": 1 << 20}  # by the end of a key; other integers: 2**24
 TYPES = {
     "int": "a positive whole number that is not absurdly large",
     "float": "a number",
@@ -20,8 +20,7 @@ TYPES = {
 
 
 def fits(name: str, value: Any) -> bool:
-    """Return whether `value` is of the type that the key `name` has; keys that are not known may
-    hold anything."""
+    """Return whether `value` has the type of the key `name`; unknown keys may hold anything."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     match VTPConfig.__annotations__.get(name):
         case "int":
@@ -40,7 +39,8 @@ def fits(name: str, value: Any) -> bool:
 
 
 class VTPConfig:
-    """Defaults below; keys it does not know are kept, and written back by `save_pretrained`.
+    """The keys of config.json with their defaults; unknown keys are kept, and written back by
+    `save_pretrained`.
 
     `image_size` and `text_output_tokens` are recorded only: they change no computation.
     """
@@ -126,8 +126,8 @@ class VTPConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike) -> VTPConfig:
-        """Read that of a checkpoint folder or hub name. FileNotFoundError, ValueError: missing or
-        damaged config.json."""
+        """Read the config of a checkpoint, given by its folder or hub name. FileNotFoundError if
+        config.json is missing, ValueError if it is damaged."""
         return cls.from_dict(read_json(checkpoint_folder(name_or_path) / CONFIG_FILE))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

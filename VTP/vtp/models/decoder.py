@@ -1,4 +1,4 @@
-"""The pixel decoder: latents to normalised pixels with the same kind of blocks as the encoder,
+"""The pixel decoder: maps latents to normalised pixels with the same type of blocks as the encoder,
 without a class token."""
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from vtp.models.layers import init_linear, make_blocks, make_norm
 from vtp.models.rope import RotaryEmbedding
 
-UPSAMPLING = 16  # whatever the encoder's patch size
+UPSAMPLING = 16  # fixed, whatever the encoder's patch size
 
 
 class DinoV3PixelDecoder(nn.Module):
-    """Arguments are the `decoder_*` keys of config.json and the latent channels `in_dim`; the MLP
-    ratio is fixed at 4."""
+    """The decoder. Its arguments are the `decoder_*` keys of config.json and `in_dim`, the channels
+    of a latent; the MLP ratio is fixed at 4."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class DinoV3PixelDecoder(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents (b, C, h, w) → normalised pixels (b, 3, 16 h, 16 w), unbounded. ValueError for
-        other channels."""
+        """Map latents (b, C, h, w) to normalised pixels (b, 3, 16 h, 16 w), unbounded. ValueError
+        for another number of channels."""
         if latents.ndim != 4 or latents.shape[1] != self.in_dim:
             raise ValueError(
                 f"latents are {tuple(latents.shape)}; this decoder takes (batch, {self.in_dim},"
@@ -52,7 +52,8 @@ class DinoV3PixelDecoder(nn.Module):
             )
         h, w = latents.shape[-2:]
         table = self.rope_embed(h, w)
-        # In the order of its shape: what is added to a transposed stream is transposed, too.
+        # Contiguous in this shape: the sum of a transposed stream and a branch would be transposed,
+        # too.
         x = rearrange(self.proj_in(latents), "b d h w -> b (h w) d").contiguous()
         for block in self.blocks:
             x = block(x, table)

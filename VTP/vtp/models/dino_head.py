@@ -11,10 +11,11 @@ from vtp.models.layers import init_linear
 
 
 class DINOHead(nn.Module):
-    """MLP in_dim → hidden → hidden → bottleneck, L2 normalisation, then cosine similarity to
-    `out_dim` prototypes times a gain.
+    """Maps features (…, in_dim) to logits (…, out_dim): an MLP in_dim → hidden → hidden →
+    bottleneck, L2 normalisation, then cosine similarity to each of `out_dim` prototypes times its
+    gain.
 
-    (…, in_dim) → logits (…, out_dim). The gains start at 1 and are trainable.
+    The gains start at 1 and are trainable.
     """
 
     def __init__(

@@ -135,15 +135,15 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
     def forward(self, x: Tensor, table: Table, drop_ratio: float = 0.0) -> Tensor:
-        """Add both branches. drop_ratio: stochastic depth, the share of samples that skip each
-        branch (0 outside training)."""
+        """Add both branches to `x`. drop_ratio: stochastic depth, the share of samples that skip
+        each branch (0 outside training)."""
         x = _add_branch(x, lambda kept: self.ls1(self.attn(self.norm1(kept), table)), drop_ratio)
         return _add_branch(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))), drop_ratio)
 
 
 def _add_branch(x: Tensor, branch, drop_ratio: float) -> Tensor:
-    """Return `x + branch(x)`; with a drop ratio, for a random subset of the batch only, scaled up
-    to keep the mean (DINOv2)."""
+    """Return `x + branch(x)`. With a drop ratio, only a random subset of the batch passes through
+    the branch, whose output is scaled up to keep the mean (DINOv2)."""
     if not drop_ratio:
         return x + branch(x)
     count = max(int(len(x) * (1 - drop_ratio)), 1)
@@ -152,7 +152,7 @@ def _add_branch(x: Tensor, branch, drop_ratio: float) -> Tensor:
 
 
 def make_blocks(depth: int, dim: int, num_heads: int, *options) -> nn.ModuleList:
-    """Return `depth` blocks; ValueError when the width cannot be shared among the heads."""
+    """Return `depth` blocks. ValueError if the width is not divisible by the number of heads."""
     if dim % num_heads:
         raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
     return nn.ModuleList(Block(dim, num_heads, *options) for _ in range(depth))
@@ -160,8 +160,9 @@ def make_blocks(depth: int, dim: int, num_heads: int, *options) -> nn.ModuleList
 
 @torch.no_grad()
 def init_normal(tensor: Tensor, std: float) -> None:
-    """Fill a tensor with normal numbers. On the meta device there is nothing to fill, and torch
-    would import its compiler for it: a second of the start of every command."""
+    """Fill a tensor with normally distributed numbers of deviation `std`. On the meta device this
+    does nothing: torch would import its compiler, which takes a second at the start of every
+    command."""
     if not tensor.is_meta:
         nn.init.normal_(tensor, std=std)
 

@@ -1,7 +1,7 @@
-"""Reading and writing checkpoint folders: config.json and model.safetensors, whole or in shards
-with an index.
+"""Read and write checkpoint folders: config.json and model.safetensors, whole or in shards with an
+index.
 
-Needs safetensors only, so a checkpoint behaves the same whichever version of transformers is
+Only safetensors is needed, so a checkpoint behaves the same whichever version of transformers is
 installed, if any.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
-MOST_BYTES = 64 << 20  # of a JSON file
+MOST_BYTES = 64 << 20  # of a JSON file, at most
 _BUFFER = "rope_embed.periods"  # part of the model's arithmetic: bfloat16 in every precision
 
 
@@ -48,15 +48,15 @@ def checkpoint_folder(name_or_path: str | os.PathLike) -> Path:
                 allow_patterns=[CONFIG_FILE, "*.safetensors", "*.safetensors.index.json"],
             )
         )
-    except Exception as error:  # the hub client has dozens of kinds; all mean that it cannot be had
+    except Exception as error:  # the hub client raises dozens of types; each means: not to be had
         raise FileNotFoundError(
             f"{missing}, and the hub does not give {name_or_path}: {error}"
         ) from error
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in `path`; FileNotFoundError when missing, ValueError when it is not a JSON
-    object."""
+    """Return the JSON object in `path`. FileNotFoundError if the file is missing, ValueError if it
+    is too large or holds no JSON object."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; a VTP checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -116,7 +116,7 @@ def assign_weights(
     model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, source: str
 ) -> None:
     """Give `model` (possibly on the meta device) the tensors in `weights` as `dtype`. ValueError
-    lists every mismatch."""
+    lists the mismatches, and the tensors that do not hold finite real numbers."""
     expected = model.state_dict()
     problems = []
     for title, names in (
@@ -163,8 +163,8 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write all of `data` to `path`, or nothing: under a name that no other writer takes, which is
-    then renamed. A link at `path` is replaced."""
+    """Write `data` to `path` completely or not at all: it is written to a temporary file with a
+    unique name, which is then renamed. A link at `path` is replaced."""
     temporary = path.with_name(f".writing-{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:

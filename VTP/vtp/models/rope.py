@@ -16,22 +16,22 @@ Table = tuple[Tensor, Tensor]  # sin, cos: each (h * w, head width), bfloat16
 
 
 def _round(x: Tensor) -> Tensor:
-    """Round to the nearest bfloat16, kept as float32 for the next operation."""
+    """Return `x` rounded to the nearest bfloat16, as float32 for the next operation."""
     return x.bfloat16().float()
 
 
 def _coordinates(length: int) -> Tensor:
-    """Return patch centres along one axis, spread over (-1, 1) whatever the length."""
+    """Return the centres of `length` patches along one axis, spread over (-1, 1) for any length."""
     centre = _round(torch.arange(length, dtype=torch.float32, device="cpu") + 0.5)
     return _round(_round(centre / length) * 2 - 1)
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Turn the last h·w tokens of `x (…, n, d)` by half-split rotation; tokens before them (the
-    class token) are not turned.
+    """Rotate the last h·w tokens of `x (…, n, d)` by half-split rotation; the tokens before them
+    (the class token) are not rotated.
 
-    All of x, the class token included, is rounded to bfloat16 on the way; the result has the dtype
-    of x.
+    All of `x`, the class token included, is rounded to bfloat16 on the way; the result has the
+    dtype of `x`.
     """
     sin, cos = (half.chunk(2, dim=-1) for half in table)
     prefix = x.shape[-2] - len(table[0])
@@ -48,8 +48,8 @@ class RotaryEmbedding(nn.Module):
     column.
 
     head_dim: width of an attention head, a multiple of 4. The buffer `periods` stays bfloat16
-    through `.float()`, `.half()` and loading (in the public release a plain `.float()` silently
-    changes the positions).
+    through `.float()`, `.half()` and loading (in the public release, `.float()` silently changes
+    the positions).
     """
 
     def __init__(self, head_dim: int):
@@ -59,28 +59,29 @@ class RotaryEmbedding(nn.Module):
                 f"rotary positions need a head width divisible by 4, got {head_dim}; change"
                 " embed_dim or num_heads"
             )
-        # on the meta device torch.arange would import the compiler: a second of every start
+        # On the meta device torch.arange would import the compiler, which takes a second at every
+        # start.
         steps = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device="cpu")
         periods = (100.0 ** _round(steps / (head_dim // 2))).bfloat16()
         self.register_buffer("periods", periods.to(torch.get_default_device()))
         self._tables: dict[tuple, Table] = {}
 
     def forward(self, h: int, w: int) -> Table:
-        """Return (sin, cos) for a grid of h rows and w columns on the device of the module; they
-        are remembered per grid and device."""
-        # under torch.compile a range makes a symbolic size an integer
+        """Return (sin, cos) for a grid of h rows and w columns on the device of the module. The
+        tables are cached by grid and device."""
+        # under torch.compile, the length of a range turns a symbolic size into an integer
         return self._constant(len(range(h)), len(range(w)))
 
     def _constant(self, h: int, w: int) -> Table:
         where = (h, w, self.periods.device)
         if where not in self._tables:
-            # a table made while sampling is used in training too
+            # a table made during sampling is used in training, too
             with torch.inference_mode(False), torch.no_grad():
                 self._tables[where] = self._table(h, w)
         return self._tables[where]
 
-    # A compiler would fuse the roundings away. This is what torch.compiler.assume_constant_result
-    # does, which imports the compiler for it: a second of the start of every command.
+    # A compiler would fuse the roundings away. torch.compiler.assume_constant_result sets the same
+    # mark, but imports the compiler, which takes a second at the start of every command.
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _table(self, h: int, w: int) -> Table:

@@ -1,9 +1,9 @@
 """The text tower of the contrastive loss: a causal pre-norm transformer in the manner of CLIP
 (Radford et al. 2021).
 
-Axes: b batch, n = context_length tokens, d head width. SDPA makes the causal mask, so that no
-buffer can be wrong: in the public release it is a non-persistent buffer, which transformers ≥ 5
-leaves uninitialised, silently ruining the text features.
+Axes: b batch, n = context_length tokens, d head width. `scaled_dot_product_attention` makes the
+causal mask. The public release keeps it in a non-persistent buffer, which transformers ≥ 5 leaves
+uninitialised; this silently ruins its text features.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class TextMlp(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Pre-norm attention and feed-forward with optional LayerScale (None disables, 0.0 does
-    not)."""
+    """Pre-norm attention and feed-forward with optional LayerScale: None disables it, 0.0 does
+    not."""
 
     def __init__(
         self, dim: int, num_heads: int, ratio: float, ls_init_value: float | None, quick_gelu: bool
@@ -73,7 +73,7 @@ class TextBlock(nn.Module):
 
 
 class TextBlocks(nn.Module):
-    """The residual blocks, under the name the released weights have for them."""
+    """The residual blocks, under the name that the released weights have for them."""
 
     def __init__(self, depth: int, causal: bool, **block):
         super().__init__()
@@ -87,12 +87,12 @@ class TextBlocks(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The whole tower: ids (b, context_length) → features (b, embed_dim); pool_type "none" keeps
-    all tokens.
+    """The whole tower: maps ids (b, context_length) to features (b, embed_dim); with pool_type
+    "none", to one feature for each token.
 
-    Arguments are the `text_*` keys of config.json. `VTPModel` holds the parts flat, as the released
-    weights name them. ValueError for an unknown pool_type, a width not divisible by the heads, and
-    ids of another length.
+    Arguments are the `text_*` keys of config.json. `VTPModel` holds the parts of a tower as its own
+    attributes, as the released weights name them. ValueError for an unknown pool_type, a width not
+    divisible by the heads, and ids of another length.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class TextTransformer(nn.Module):
 
 
 def text_features(tower: nn.Module, ids: Tensor) -> Tensor:
-    """Run ids (b, context_length) through the parts of `tower`: a `TextTransformer`, or a model
-    that holds its parts flat."""
+    """Return the features of ids (b, context_length). `tower` is a `TextTransformer`, or a model
+    that has the parts of one as its own attributes."""
     length = len(tower.positional_embedding)
     if ids.ndim != 2 or ids.shape[1] != length:
         raise ValueError(

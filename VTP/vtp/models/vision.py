@@ -17,8 +17,8 @@ from vtp.models.rope import RotaryEmbedding
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, one linear map each: (b, 3, H, W) → (b, D, h, w); a remainder at the
-    right or bottom is cut."""
+    """Maps each non-overlapping patch linearly: (b, 3, H, W) → (b, D, h, w); a remainder at the
+    right or bottom is cut off."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
@@ -61,7 +61,7 @@ class DinoVisionTransformer(nn.Module):
         init_normal(self.cls_token, 0.02)
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
-        """Map (…, D) to (…, C); the trunk without a bottleneck returns its input."""
+        """Map tokens (…, D) to (…, C). This class has no bottleneck and returns its input."""
         return tokens
 
     def forward(
@@ -72,13 +72,13 @@ class DinoVisionTransformer(nn.Module):
         masks: Tensor | None = None,
         drop_ratio: float | None = None,
     ) -> Tensor | dict[str, Tensor | None]:
-        """Return the class token (b, C) of image (b, 3, H, W), or with is_training a dict of
+        """Return the class token (b, C) of image (b, 3, H, W); with `is_training`, a dict of
         tokens.
 
         masks: (b, n) bool, True = patch replaced by `mask_token` after patch embedding (iBOT).
         drop_ratio: stochastic depth. use_bottleneck: pass the normed tokens of the dict through the
-        bottleneck. Dict: x_norm_clstoken (b, ·), x_norm_patchtokens (b, n, ·), x_storage_tokens (b,
-        0, D), x_prenorm (b, 1 + n, D), masks.
+        bottleneck. The dict holds x_norm_clstoken (b, ·), x_norm_patchtokens (b, n, ·),
+        x_storage_tokens (b, 0, D), x_prenorm (b, 1 + n, D) and masks.
         """
         x, table, _ = self._tokens(image, masks)
         for block in self.blocks:
@@ -109,10 +109,9 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple:
-        """Return outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n, D),
-        or (b, D, h, w) with `reshape`; pairs (patches, class token) with `return_class_token`.
-        Never bottlenecked. ValueError: there is no such block.
-        """
+        """Return the outputs of the last `n` blocks, or of the blocks listed in `n`: patches (b, n,
+        D), or (b, D, h, w) with `reshape`; with `return_class_token`, pairs (patches, class token).
+        They do not pass the bottleneck. ValueError if there is no such block."""
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else n
         if any(not 0 <= index < depth for index in wanted):
@@ -149,8 +148,8 @@ class DinoVisionTransformer(nn.Module):
 
 
 class DinoVisionTransformerWithBottleneck(DinoVisionTransformer):
-    """The trunk with the linear map D → `vit_feature_bottleneck` (no bias) after its last norm;
-    equal widths: no map at all."""
+    """The trunk with a linear map D → `vit_feature_bottleneck` (no bias) after its last norm;
+    without a map if the widths are equal."""
 
     def __init__(self, vit_feature_bottleneck: int = 64, **trunk):
         super().__init__(**trunk)

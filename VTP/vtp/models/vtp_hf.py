@@ -1,8 +1,8 @@
-"""The whole VTP model: encoder, pixel decoder, text tower, under the names and checkpoint format of
-the public release.
+"""The whole VTP model: encoder, pixel decoder and text tower, under the names and in the checkpoint
+format of the public release.
 
-Images are ImageNet-normalised (b, 3, H, W); latents (b, C, h, w) with h = ⌊H / 16⌋. Behaves the
-same in train() and eval().
+Images are ImageNet-normalised (b, 3, H, W); latents (b, C, h, w) with h = ⌊H / 16⌋. The model
+behaves the same in train() and eval().
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ M = TypeVar("M", bound="VTPPreTrainedModel")
 
 
 class VTPPreTrainedModel(nn.Module):
-    """Loading and saving of a model that is built from a `VTPConfig` alone."""
+    """Loads and saves a model that is built from a `VTPConfig` alone."""
 
     def __init__(self, config: VTPConfig):
         super().__init__()
@@ -44,7 +44,7 @@ class VTPPreTrainedModel(nn.Module):
     def from_pretrained(
         cls: type[M], name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32
     ) -> M:
-        """Return the model in a checkpoint folder (or hub name), in eval mode, its parameters as
+        """Return the model of a checkpoint folder (or hub name), in eval mode, its parameters as
         `dtype` whatever the file holds.
 
         FileNotFoundError: no such folder or file. ValueError: damaged files, or weights that do not
@@ -55,7 +55,7 @@ class VTPPreTrainedModel(nn.Module):
         try:
             with torch.device("meta"):  # every tensor comes from the file: nothing to initialise
                 model = cls(config)
-        except Exception as error:  # widths and heads that do not go together, whichever layer's
+        except Exception as error:  # widths and heads that do not fit together, in any layer
             raise ValueError(
                 f"{folder / CONFIG_FILE} describes no network that can be built: {error}"
             ) from error
@@ -76,15 +76,16 @@ class VTPPreTrainedModel(nn.Module):
 
 
 def _sizes(config: VTPConfig, part: str) -> dict[str, Any]:
-    """Return what the encoder ("vision") and the decoder both take from keys of their own."""
+    """Return the arguments that the encoder ("vision") and the decoder have in common, read from
+    the keys of `part`."""
     names = ("embed_dim", "depth", "num_heads", "ffn_layer", "norm_layer", "init_values")
     values = {name: getattr(config, f"{part}_{name}") for name in names}
     return {**values, "qk_norm": getattr(config, f"{part}_use_qk_norm")}
 
 
 class VTPModel(VTPPreTrainedModel):
-    """Freshly initialised; `VTPModel.from_pretrained(folder)` loads a checkpoint. ValueError for a
-    config it cannot build."""
+    """A freshly initialised model; `VTPModel.from_pretrained(folder)` loads a checkpoint.
+    ValueError for a config from which no model can be built."""
 
     def __init__(self, config: VTPConfig):
         super().__init__(config)
@@ -139,8 +140,8 @@ class VTPModel(VTPPreTrainedModel):
     def get_last_layer_feature(
         self, image: Tensor, use_bottleneck: bool = False
     ) -> dict[str, Tensor]:
-        """Return what comes out of the final norm: {"cls_token": (b, D), "patch_tokens": (b, n,
-        D)}; width C with the bottleneck."""
+        """Return the tokens after the final norm: {"cls_token": (b, D), "patch_tokens": (b, n, D)};
+        of width C with the bottleneck."""
         tokens = self.trunk(image, is_training=True, use_bottleneck=use_bottleneck)
         return {
             "cls_token": tokens["x_norm_clstoken"],
@@ -179,7 +180,7 @@ class VTPModel(VTPPreTrainedModel):
         return F.normalize(feature, dim=-1) if normalize else feature
 
     def get_clip_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scaled similarities (images, texts), and their transpose."""
+        """Return the scaled similarities (images, texts), and their transpose."""
         images, texts = self.get_clip_image_feature(image), self.get_clip_text_feature(text)
         logits = self.logit_scale.exp() * images @ texts.T
         if self.logit_bias is not None:
@@ -195,10 +196,10 @@ class VTPModel(VTPPreTrainedModel):
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, forward_type: str = "clip"
     ) -> dict:
-        """forward_type "clip": image_features, text_features (None for an absent input),
-        logit_scale, [logit_bias]; "rec": latents, reconstructed_image, target_image; "feature": the
-        last layer's tokens after the bottleneck.
-        """
+        """Return the outputs that `forward_type` asks for, as a dict. "clip": image_features,
+        text_features (None for an absent input), logit_scale, and logit_bias if there is one;
+        "rec": latents, reconstructed_image, target_image; "feature": the last layer's tokens after
+        the bottleneck."""
         match forward_type:
             case "clip":
                 self._need_contrast()

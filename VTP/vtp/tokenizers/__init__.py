@@ -1,5 +1,5 @@
-"""Text tokenizers for the contrastive tower: strings → ids (b, context_length), int64, zero-padded,
-the end id the largest."""
+"""Text tokenizers for the contrastive tower: strings → ids (b, context_length), int64, padded with
+zeros; the end id is the largest."""
 
 from vtp.tokenizers.byte import ByteTokenizer
 from vtp.tokenizers.simple import SimpleTokenizer
@@ -8,10 +8,9 @@ __all__ = ["ByteTokenizer", "SimpleTokenizer", "get_tokenizer"]
 
 
 def get_tokenizer(name: str = "ViT-B-32", context_length: int = 77, merges: str | None = None):
-    """Return a tokenizer. "byte": that of our own pre-training. Any other name: open_clip's of that
-    name when open_clip is installed, else CLIP's own with the merges file `merges` (given, it is
-    always used). FileNotFoundError without either.
-    """
+    """Return a tokenizer. "byte" is the one of our own pre-training. For any other name it is
+    open_clip's of that name if open_clip is installed and `merges` is None, else CLIP's own with
+    the merges file `merges`. FileNotFoundError if there is neither open_clip nor a merges file."""
     if name == "byte":
         return ByteTokenizer(context_length)
     if merges is None:

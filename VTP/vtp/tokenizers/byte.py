@@ -1,5 +1,5 @@
-"""A vocabulary of bytes: no file, any language. For small text towers such as that of the shipped
-checkpoint."""
+"""Tokenize text as bytes: needs no file, takes any language. For small text towers such as that of
+the shipped checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def pad(rows: list[list[int]], context_length: int) -> Tensor:
-    """Return id lists as (b, context_length), zeros after the end; a row too long is cut and its
-    last id kept as the end."""
+    """Return id lists as a tensor (b, context_length), padded with zeros; a row that is too long is
+    cut, and its last id, the end, stays last."""
     ids = torch.zeros(len(rows), context_length, dtype=torch.long)
     for i, row in enumerate(rows):
         cut = row if len(row) <= context_length else [*row[: context_length - 1], row[-1]]

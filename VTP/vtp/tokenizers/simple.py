@@ -1,8 +1,8 @@
 """The byte-pair tokenizer of CLIP (Radford et al. 2021; Sennrich et al. 2016), with the standard
 library alone.
 
-open_clip also repairs broken and typographic characters with ftfy first; apart from those the ids
-are the same.
+open_clip first repairs broken and typographic characters with ftfy; apart from those the ids are
+the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from vtp.tokenizers.byte import pad
 
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
-MERGES = 49152 - 256 - 2  # lines used of the file, after its heading
+MERGES = 49152 - 256 - 2  # lines of the file that are used, after its heading
 START, END = "<start_of_text>", "<end_of_text>"  # as open_clip spells them
 _WORD_END = "</w>"
 
 
 def _byte_letters() -> tuple[list[str], list[str]]:
-    """Return a printable letter for each byte (itself, or the next from 256): in the order of the
-    ids, and of the bytes."""
+    """Return a printable letter for each byte, once in the order of the ids and once in that of the
+    bytes: the byte's own letter, or the next free one from code point 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
@@ -37,10 +37,9 @@ def _byte_letters() -> tuple[list[str], list[str]]:
 
 @lru_cache(maxsize=1)
 def _pattern() -> re.Pattern:
-    """Return the pattern of a word: special words, English contractions, runs of letters, single
-    digits, runs of the rest."""
-    # `re` has no \p{N}: its \d lacks the letter-like and other numbers (², Ⅷ, ½), which its \w
-    # takes for letters
+    """Return the pattern that splits text into words: special words, English contractions, runs of
+    letters, single digits, runs of other characters."""
+    # `re` has no \p{N}: its \d lacks numbers such as ², Ⅷ and ½, which its \w counts as letters.
     numbers = "".join(
         c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Nl", "No")
     )
@@ -64,10 +63,11 @@ def _find_merges() -> Path:
 
 
 class SimpleTokenizer:
-    """49,408 ids: 256 bytes, the same at a word's end, 48,894 merges, start 49406, end 49407.
+    """Has 49,408 ids: 256 bytes, the same at the end of a word, 48,894 merges, start 49406, end
+    49407.
 
-    merges: path of the gzipped merges file; None looks in an installed open_clip.
-    FileNotFoundError: not there; ValueError: another file.
+    merges: path of the gzipped merges file; None takes that of an installed open_clip.
+    FileNotFoundError if it is not there, ValueError if it is another file.
     """
 
     def __init__(self, merges: str | Path | None = None, context_length: int = 77):
@@ -120,7 +120,8 @@ class SimpleTokenizer:
         )
 
     def _merge(self, word: str) -> tuple[int, ...]:
-        """Join the neighbouring parts of the lowest rank until no pair is in the list."""
+        """Return the ids of a word: join the neighbouring parts of the lowest rank until no pair is
+        in the list of merges."""
         parts = [*word[:-1], word[-1] + _WORD_END]
         while len(parts) > 1:
             best = min(

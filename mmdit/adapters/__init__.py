@@ -1,15 +1,15 @@
 """Small trainable updates beside frozen weights.
 
-What becomes of them on the way out of a model, whoever writes:
+How they are written to files depends on what a file is for, whoever writes it:
 
-- what is ours to go on with holds both apart, under their own names, with a config that says
-  `lora:` (`state_dict`, checkpoints, `best/`, the export of a run); `train.init_from` takes them
-  where the new config has the same adapters, and refuses others;
-- what is a whole model to others holds what the model computes, merged once and in float32
-  (`save_dit`, `export --layout`, `export --merge`); the model in memory keeps its adapters;
-- a file of adapters holds the adapters alone, and the whole differences that came with them
-  (`interop.lora_writing`, `export --lora`, `lora*.safetensors`), or is refused where its format
-  cannot hold them.
+- Files that our own runs continue from (`state_dict`, checkpoints, `best/`, the export of a run)
+  hold base and adapters apart, under their own names, with a config that says `lora:`.
+  `train.init_from` takes them where the new config has the same adapters, and refuses others.
+- A whole model for other programs (`save_dit`, `export --layout`, `export --merge`) holds merged
+  weights, which are computed once and in float32; the model in memory keeps its adapters.
+- A file of adapters (`interop.lora_writing`, `export --lora`, `lora*.safetensors`) holds the
+  adapters alone, and the whole differences that came with them. If its format cannot hold these,
+  it is refused.
 """
 
 from mmdit.adapters.layers import Adapter, DoRALinear, LoKrLinear, LoRALinear, is_adapter

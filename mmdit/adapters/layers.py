@@ -2,10 +2,10 @@
 
 An adapted layer is still a `Linear` under its old name: the base parameters keep their keys
 (`blocks.0.q.weight`), and those of the adapter are added beside them (`blocks.0.q.lora_A`). So a
-base checkpoint loads strictly before or after injection, and an injected model's state without
-these tensors loads strictly into a plain one. An adapter is float32 whatever the base is, and
-computes in the input's precision; nothing changes in Python per call, so it is safe under DDP and
-torch.compile.
+base checkpoint loads strictly before or after injection, and the state of an injected model without
+these tensors loads strictly into a plain one. An adapter is float32 whatever the dtype of the base,
+and computes in the precision of its input. A call changes no Python state, so adapters are safe
+under DDP and torch.compile.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ def is_adapter(name: str) -> bool:
 
 
 class Adapter(nn.Linear):
-    """A linear layer with an update beside its weight. `alpha` may change while training; `scale`
-    is the one place where the strength is decided: forward, merge and export use it.
-    `rank_dropout`: the probability with which a part of the update (a rank of LoRA, an output row
-    of LoKr) is left out.
-    """
+    """A linear layer with an update beside its weight. `alpha` may change during training; `scale`,
+    which is made of it, is the one place that decides the strength: forward, merge and export all
+    use it. `rank_dropout`: the probability with which a part of the update (a rank of LoRA, an
+    output row of LoKr) is left out."""
 
     def __init__(
         self, base: nn.Linear, alpha: float, dropout: float = 0.0, rank_dropout: float = 0.0
     ):
-        nn.Module.__init__(self)  # Linear's own would allocate a second weight
+        nn.Module.__init__(self)  # Linear.__init__ would allocate a second weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.alpha, self.dropout, self.rank_dropout = alpha, dropout, rank_dropout
@@ -40,7 +39,7 @@ class Adapter(nn.Linear):
 
     @classmethod
     def of(cls, base: nn.Linear, parts: dict[str, Tensor], alpha: float) -> Adapter:
-        """Return an adapter of `base` that has the tensors `parts`, given by their names."""
+        """Return an adapter of `base` with the given `alpha` and tensors, `parts` by name."""
         layer = cls.__new__(cls)
         Adapter.__init__(layer, base, alpha)
         for name, tensor in parts.items():
@@ -48,7 +47,7 @@ class Adapter(nn.Linear):
         return layer
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are not the base layer's."""
+        """Return the parameters of the adapter, without those of the base layer."""
         return {
             name: parameter
             for name, parameter in self.named_parameters(recurse=False)
@@ -61,13 +60,13 @@ class Adapter(nn.Linear):
 
     @property
     def rank(self) -> int:
-        """Return what alpha is divided by."""
+        """Return the number by which alpha is divided."""
         raise NotImplementedError
 
     @property
     def outer(self) -> nn.Parameter:
-        """Return the factor that starts at zero, to which the update is proportional: it holds the
-        strength while alpha changes."""
+        """Return the factor that starts at zero. The update is proportional to it, so `set_alpha`
+        rescales it to keep the strength when alpha changes."""
         raise NotImplementedError
 
     @property
@@ -75,19 +74,20 @@ class Adapter(nn.Linear):
         return self.alpha / self.rank
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a file holds: the tensors, and the alpha that gives the scale when divided by
-        the rank."""
+        """Return the tensors that a file holds: those of the adapter, and as `alpha` the scale
+        times the rank, for readers divide it by the rank."""
         alpha = torch.tensor(float(self.scale * self.rank))
         return {
             name: parameter.detach() for name, parameter in self.adapter_parameters().items()
         } | {"alpha": alpha}
 
     def delta(self) -> Tensor:
-        """Return what is added to the weight, `(out, in)`, at least in float32."""
+        """Return the change of the weight, `(out, in)`, at least in float32."""
         raise NotImplementedError
 
     def update(self, x: Tensor) -> Tensor:
-        """Return `delta @ x (…, out)` of `x (…, in)`, without forming delta."""
+        """Return the update's output `(…, out)` for `x (…, in)`, which is `delta` applied to `x`,
+        without forming `delta`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class Adapter(nn.Linear):
         return base + self.update(F.dropout(x, self.dropout, self.training)).to(base.dtype)
 
     def mask(self, size: int, like: Tensor) -> Tensor:
-        """Return ones; while training, each is 0 with probability `rank_dropout`, and the rest
-        makes up for it."""
+        """Return ones; in training, each is 0 with probability `rank_dropout`, and the others are
+        scaled up to keep the mean."""
         return F.dropout(
             torch.ones(size, device=like.device, dtype=like.dtype), self.rank_dropout, self.training
         )
@@ -105,15 +105,15 @@ class Adapter(nn.Linear):
         return self.weight.detach().to(self.precise) + self.delta()
 
     def plain(self) -> nn.Linear:
-        """Return the base layer: the same parameters, no adapter."""
+        """Return the base layer as a plain one with the same parameters, without the adapter."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
 
     @torch.no_grad()
     def merged(self, weight: Tensor | None = None) -> nn.Linear:
-        """Return a plain layer with the update in a copy of the weight, which may be tied to
-        another's. `weight`: the layer's `merged_weight`, where that was made already."""
+        """Return a plain layer with the update merged into a copy of the weight: another layer may
+        share the weight itself. `weight`: the layer's `merged_weight`, if it is known already."""
         linear, weight = self.plain(), self.merged_weight() if weight is None else weight
         linear.weight = nn.Parameter(
             weight.to(self.weight.dtype), requires_grad=self.weight.requires_grad
@@ -123,8 +123,8 @@ class Adapter(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
     ):
-        """Load a checkpoint, which is complete without any tensor of the adapter: these are not
-        missing then. With half an adapter it is incomplete."""
+        """Load a checkpoint. One without any tensor of the adapter counts as complete: then none is
+        reported missing. One with a part of them is incomplete."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )
@@ -139,7 +139,7 @@ class Adapter(nn.Linear):
 def _uniform(
     rows: int, columns: int, fan_in: int, base: nn.Linear, generator: torch.Generator | None
 ) -> nn.Parameter:
-    """Kaiming-uniform with a = √5, as in LoRA's code."""
+    """Return a parameter with Kaiming-uniform values, a = √5, as in LoRA's code."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(
         torch.empty(rows, columns)
@@ -192,7 +192,7 @@ class LoRALinear(Adapter):
         )
 
     def update(self, x: Tensor) -> Tensor:
-        """Return the update by two thin products, which cost rank·(in + out) a token."""
+        """Return the update as two thin products, which cost rank·(in + out) a token."""
         h = F.linear(x, self.lora_A.to(x.dtype)) * self.scale
         if self.rank_dropout:
             h = h * self.mask(self.rank, h)
@@ -210,7 +210,8 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        """`(out,)` lengths of the rows of W + s B A, from their parts: W + ΔW is not formed."""
+        """Return the lengths `(out,)` of the rows of W + s B A, computed from W, A and B without
+        forming the sum."""
         weight, a, b = (
             tensor.to(self.precise) for tensor in (self.weight, self.lora_A, self.lora_B)
         )
@@ -235,8 +236,8 @@ class DoRALinear(LoRALinear):
 
 
 def factorise(size: int, factor: int) -> tuple[int, int]:
-    """Return a and b of `size = a · b`, the smaller first: `factor` if it divides, else the largest
-    divisor up to it; -1: as square as can be."""
+    """Return a and b of `size = a · b`, the smaller first. One of them is `factor` if that divides
+    `size`, else the largest divisor below it; with -1 they are as close to each other as can be."""
     limit = math.isqrt(size) if factor < 0 else min(factor, size)
     a = max(divisor for divisor in range(1, limit + 1) if size % divisor == 0)
     return min(a, size // a), max(a, size // a)
@@ -244,9 +245,8 @@ def factorise(size: int, factor: int) -> tuple[int, int]:
 
 class LoKrLinear(Adapter):
     """`ΔW = scale · W1 ⊗ W2` (Yeh et al. 2023, "LyCORIS", 2309.14859, section 4.2), `W1 (l, m)`,
-    `W2 (k, n)`, out = l·k, in = m·n; each whole, or a product of rank `rank`. With both whole
-    nothing divides by a rank, and the scale is 1.
-    """
+    `W2 (k, n)`, out = l·k, in = m·n. Each factor is a whole matrix, or a product of two of rank
+    `rank`. If both are whole, there is no rank to divide by, and the scale is 1."""
 
     def __init__(
         self,
@@ -276,8 +276,8 @@ class LoKrLinear(Adapter):
 
     @property
     def rank(self) -> int:
-        """Return the rank of the products, of two that of the second; 1 where both factors are
-        whole."""
+        """Return the rank of the second factor if it is a product, else that of the first; 1 where
+        both are whole."""
         parameters = self.adapter_parameters()
         for name in ("lokr_w2_b", "lokr_w1_b"):
             if name in parameters:
@@ -306,7 +306,8 @@ class LoKrLinear(Adapter):
         return self.scale * torch.kron(*self.factors(self.precise))
 
     def update(self, x: Tensor) -> Tensor:
-        """Return W1 X W2ᵀ, X the (m, n) view of x: the Kronecker product is never formed."""
+        """Return W1 X W2ᵀ, where X is the (m, n) view of x: the Kronecker product is never
+        formed."""
         first, second = self.factors(x.dtype)
         square = x.unflatten(-1, (first.shape[1], second.shape[1]))
         h = torch.matmul(self.scale * first, square @ second.T).flatten(-2)
@@ -314,8 +315,8 @@ class LoKrLinear(Adapter):
 
 
 def adapter_type(parts: dict[str, Tensor]) -> tuple[type[Adapter], int, int]:
-    """Return the class that tensors of these names belong to, and the `(in, out)` of the layers
-    that they fit. ValueError if they are no whole adapter."""
+    """Return the adapter class to which tensors of these names belong, and the `(in, out)` of the
+    layers that they fit. ValueError if they do not make a complete adapter."""
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     names = set(shapes)
     if any(len(shape) != (1 if name == "lora_magnitude" else 2) for name, shape in shapes.items()):

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and putting it there."""
+"""Choose the layers that get an adapter, and put the adapters there."""
 
 from __future__ import annotations
 
@@ -57,26 +57,26 @@ class LoRAConfig(Section):
     alpha: float = 16.0
     # Scale by alpha / sqrt(rank) instead.
     rslora: bool = False
-    # The probability of leaving out an input of an adapter.
+    # Dropout on the input of an adapter: the probability with which an element is set to zero.
     dropout: float = 0.0
-    # The probability of leaving out a rank (lokr: an output row).
+    # The probability of leaving out a rank of the update (lokr: an output row).
     rank_dropout: float = 0.0
     # Freeze every other weight.
     train_lora_only: bool = True
     # Which linear layers get an adapter; null is the model's usual choice: q, k, v and proj, or
     # Wan's own.
     target_modules: tuple[str, ...] | None = None
-    # Which of them get none.
+    # Which of these layers get none after all.
     exclude_modules: tuple[str, ...] = ()
     # Only layers of these blocks, as numbers and ranges: ["0-9", "20"]; empty is all.
     blocks: tuple[str, ...] = ()
-    # Rank and alpha of some layers; the first entry that chooses a layer counts.
+    # Rank and alpha for some of the layers; if several entries name a layer, the first counts.
     per_module: tuple[ModuleRank, ...] = ()
-    # lokr: size of the first factor; -1 makes both alike.
+    # lokr: how large the first factor may be along each axis; -1 makes both about equally large.
     factor: int = 8
-    # lokr: the second factor is whole, whatever the rank.
+    # lokr: keep the second factor whole, whatever the rank.
     full_second: bool = False
-    # lokr: the first factor has the rank `rank`, too, where that is smaller.
+    # lokr: make the first factor a product of rank `rank`, too, if it is large enough for that.
     decompose_first: bool = False
 
     def __post_init__(self):
@@ -118,7 +118,8 @@ class LoRAConfig(Section):
                 )
 
     def check(self, run: Any) -> None:
-        """Refuse adapters on random frozen weights, and what is about adapters without any."""
+        """Refuse adapters on random frozen weights, and sections that concern adapters if there are
+        none."""
         if self.enabled:
             frozen = self.train_lora_only and not run.model.released
             if frozen and not run.train.init_from:
@@ -136,8 +137,8 @@ class LoRAConfig(Section):
                 )
 
     def entry_of(self, name: str) -> ModuleRank | None:
-        """Return the entry of `per_module` that counts for the layer `name`: the first that chooses
-        it."""
+        """Return the entry of `per_module` that holds for the layer `name`, which is the first that
+        names it; None if none does."""
         for entry in self.per_module:
             if any(_matches(name, word) for word in entry.modules):
                 return entry
@@ -161,12 +162,12 @@ class LoRAConfig(Section):
 
 # ── choosing and injecting ────────────────────────────────────────────────────────────────────────
 def select(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Return the names of the `nn.Linear` layers that `config` chooses, in model order. Words that
-    choose none are a ValueError that says what they did match and which names are near. Layers
-    whose name has a word of the model's `lora_only_if_named` are chosen only by a target that has
-    it, too."""
+    """Return the names of the `nn.Linear` layers that `config` chooses, in model order. A word that
+    matches no layer raises a ValueError that says what it does match, or which names are near. A
+    layer whose name contains one of the model's `lora_only_if_named` is chosen only by targets that
+    contain that word, too."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    # a subclass may not call forward
+    # a subclass may be used without calling its forward
     linears = [name for name, module in modules.items() if type(module) is nn.Linear]
     contract = model if isinstance(model, Denoiser) else Denoiser
     reserved = contract.lora_only_if_named
@@ -212,7 +213,8 @@ def select(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def _within_blocks(chosen: set[str], words: tuple[str, ...], linears: list[str]) -> set[str]:
-    """Return those of the chosen layers that lie in the blocks that `words` name."""
+    """Return the chosen layers that lie in the blocks that `words` list, as numbers and ranges.
+    ValueError if there is no such block."""
     numbers: set[int] = set()
     for word in words:
         first, _, last = word.partition("-")
@@ -230,7 +232,7 @@ def _within_blocks(chosen: set[str], words: tuple[str, ...], linears: list[str])
 
 
 def _block(name: str) -> int:
-    """Return the number of the block that a layer lies in; -1 outside."""
+    """Return the number of the block in which a layer lies; -1 outside all blocks."""
     number = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
     return int(number[1]) if number else -1
 
@@ -242,7 +244,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _hint(pattern: str, modules: dict[str, nn.Module], linears: list[str]) -> str:
-    """Return what a word that chooses nothing did match, or which names are near it."""
+    """Return, for a message, what else a word without a layer does match, or which names are near
+    it."""
     others = [name for name in modules if name and _matches(name, pattern)]
     if any(isinstance(modules[name], Adapter) for name in others):
         return f"; {others[0]!r} has an adapter already: merge it first"
@@ -257,7 +260,8 @@ def _hint(pattern: str, modules: dict[str, nn.Module], linears: list[str]) -> st
 
 
 def near(word: str, names: list[str]) -> str:
-    """Return ` (near names: …)`, from the names and their last parts, or nothing."""
+    """Return ` (near names: …)` for a message, searched among the names and their last parts; "" if
+    none is near."""
     ends = {".".join(name.split(".")[-count:]) for name in names for count in (1, 2, 3)}
     close = difflib.get_close_matches(word, sorted(ends | set(names)), n=3, cutoff=0.5)
     return f" (near names: {', '.join(close)})" if close else ""
@@ -273,17 +277,16 @@ def summary(names: list[str]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Return `blocks.*.cross.k` of `blocks.3.cross.k`."""
+    """Return a layer's name with `*` for each number: `blocks.*.cross.k` for `blocks.3.cross.k`."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
-    """Adapt the chosen layers of `model` in place and return their names; nothing when not
-    `enabled`.
+    """Adapt the chosen layers of `model` in place and return their names; none if not `enabled`.
 
-    Each adapter is a function of (seed, layer name): every rank, order of injection and device
-    gives the same. The model's output is unchanged, bit for bit, as one factor starts at zero. With
-    `train_lora_only` every other parameter of `model` is frozen.
+    Each adapter is a function of (seed, layer name): it is the same on every rank and device, in
+    any order of injection. The model's output is unchanged, bit for bit, as one factor starts at
+    zero. With `train_lora_only` every other parameter of `model` is frozen.
     """
     if not config.enabled:
         return []
@@ -296,7 +299,8 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
 
 
 def insert(model: nn.Module, makers: dict[str, Make], seed: int = 0) -> None:
-    """Adapt the named layers; `inject` chooses them by pattern instead."""
+    """Put adapters into the layers with these names, each made by its function; `inject` chooses
+    layers by pattern."""
     adapted = {}
     for name, make in makers.items():
         base = model.get_submodule(name)
@@ -319,14 +323,16 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def merge(model: nn.Module, strength: float = 1.0) -> nn.Module:
-    """Fold every adapter into its weight, in place: plain linear layers again, the same outputs to
-    rounding. Whole differences are in the weights for good. `strength`: the share of the change
-    that is taken, for every type the share of the way from the base's weight to the merged one.
+    """Merge every adapter into its weight, in place: the layers are plain linear ones again, and
+    the outputs the same up to rounding. Whole differences stay in the weights for good. `strength`:
+    the share of the change that is kept, which for every type is the share of the way from the
+    base's weight to the merged one.
 
-    The sum is made in float32 and rounded once. Of a small update bfloat16 then keeps less than
-    all: 99 % where ‖ΔW‖/‖W‖ is 0.5 %, 81 % at 0.2 %, 29 % at 0.05 %, which a warning says. Applied
-    beside the weight it loses as much in the sum of bfloat16 outputs, and rounding at random would
-    keep the mean at 1.4 times the error."""
+    The sum is computed in float32 and rounded once. bfloat16 then loses part of a small update: it
+    keeps 99 % where ‖ΔW‖/‖W‖ is 0.5 %, 81 % at 0.2 %, 29 % at 0.05 %, and a warning says so. An
+    adapter beside its weight loses as much when bfloat16 outputs are added; stochastic rounding
+    would keep the mean, at 1.4 times the error.
+    """
     if strength != 1:
         whole = model.__dict__.pop(DIFFERENCES, {})
         for difference in whole.values():
@@ -356,12 +362,13 @@ def merge(model: nn.Module, strength: float = 1.0) -> nn.Module:
     return model
 
 
-KEPT = 0.9  # the share of an update below which `merge` warns
-SAMPLED = 256  # rows of a layer that it looks at
+KEPT = 0.9  # `merge` warns if less than this share of the update is kept
+SAMPLED = 256  # about so many rows of each layer are compared for this
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Drop every adapter and take whole differences off again, in place: the base as it was."""
+    """Remove every adapter and take whole differences off again, in place, which restores the
+    base."""
     for difference in model.__dict__.pop(DIFFERENCES, {}).values():
         _put(model, difference.after, difference.before)
     _replace(model, {module: module.plain() for module in adapters(model).values()})
@@ -369,13 +376,13 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 # ── whole differences ─────────────────────────────────────────────────────────────────────────────
-DIFFERENCES = "whole_differences"  # where a model remembers them
+DIFFERENCES = "whole_differences"  # the attribute in which a model remembers them
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A change of a whole parameter, kept beside the adapters (distilled models change norms and
-    biases so)."""
+    """A change of a whole parameter, kept beside the adapters: distilled models change norms and
+    biases in this way."""
 
     change: torch.Tensor
     before: nn.Parameter
@@ -384,9 +391,9 @@ class Difference:
 
 @torch.no_grad()
 def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
-    """Add `changes` to the parameters of these names. The parameters are replaced, not written to:
-    another model that shares them (the second expert of a pair) keeps its own, and `remove` gives
-    them back bit for bit."""
+    """Add `changes` to the parameters with these names. The parameters are replaced, not written
+    to: another model that shares them (the second expert of a pair) keeps its own, and `remove`
+    restores them bit for bit."""
     parameters, added = dict(model.named_parameters()), {}
     for name, change in changes.items():
         before = parameters[name]
@@ -402,14 +409,14 @@ def add_differences(model: nn.Module, changes: dict[str, torch.Tensor]) -> None:
 
 
 def differences(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what `add_differences` added, by the name of the parameter."""
+    """Return the changes that `add_differences` added, by parameter name."""
     return {
         name: difference.change for name, difference in model.__dict__.get(DIFFERENCES, {}).items()
     }
 
 
 def before_differences(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what the parameters of `differences` were before, by their names."""
+    """Return the parameters of `differences` as they were before, by name."""
     return {
         name: difference.before.detach()
         for name, difference in model.__dict__.get(DIFFERENCES, {}).items()
@@ -424,7 +431,8 @@ def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def coverage(model: nn.Module) -> str:
-    """Return a table to print before training: the adapted layers by name, how many, how large."""
+    """Return a table to print before training: the adapted layers by name, their number, and their
+    weights with and without the adapters."""
     rows: dict[str, list[int]] = {}
     shapes = {}
     for name, layer in adapters(model).items():

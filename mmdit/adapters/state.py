@@ -1,4 +1,4 @@
-"""The tensors of adapters, apart from their base."""
+"""The tensors of adapters, separate from the base."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmdit.config import ConfigError
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of every adapter, as `<layer>.lora_A`, and `<layer>.alpha` (0-d: the alpha
-    in force), for safetensors."""
+    """Return the tensors of every adapter, as `<layer>.lora_A` and so on, and its present alpha as
+    `<layer>.alpha` (0-d), for a safetensors file."""
     return {
         f"{name}.{part}": tensor
         for name, layer in adapters(model).items()
@@ -24,8 +24,9 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 def check_adapters(
     here: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: object
 ) -> None:
-    """Raise ConfigError unless each layer that has an adapter in `tensors` has one of the same type
-    and sizes `here`: half of one type and half of another computes neither."""
+    """Raise ConfigError unless every layer that has an adapter in `tensors` has one of the same
+    type and sizes in `here`: a mixture of two types would compute neither. `source` names the
+    file."""
     stored = {name: tuple(tensors[name].shape) for name in tensors if is_adapter(name)}
     layers = {name.rpartition(".")[0] for name in stored}
     present = {

@@ -1,5 +1,5 @@
-"""The alpha of adapter layers, changed while they are in use. Every type of adapter has `alpha`
-and, made of it, `scale`."""
+"""Change the alpha of adapters while they are in use. Every type of adapter has `alpha`, and
+`scale`, which is computed from it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mmdit.adapters.lora import adapters
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that adapters have beside the base layer's, by name."""
+    """Return the parameters of all adapters, without those of the base layers, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
 @torch.no_grad()
 def set_alpha(layer: Adapter, alpha: float, preserve: bool = False) -> float:
-    """Change alpha; with `preserve` the factor is rescaled so that the layer computes what it did.
-    Return by how much it was, or would have to be, multiplied (1 where alpha has no say: LoKr with
-    both factors whole). ValueError if not positive.
-    """
+    """Change alpha. With `preserve`, the outer factor is rescaled so that the layer's output does
+    not change. Return the ratio of the old scale to the new one, by which that factor is, or would
+    have to be, multiplied; it is 1 where alpha has no effect (LoKr with both factors whole).
+    ValueError if alpha is not positive and finite."""
     if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
         raise ValueError(f"alpha is {alpha!r}, must be a positive number")
     before = layer.scale
@@ -34,14 +34,14 @@ def set_alpha(layer: Adapter, alpha: float, preserve: bool = False) -> float:
 
 
 def alphas(model: nn.Module) -> dict[str, float]:
-    """Return the alpha in force of every adapter, by layer."""
+    """Return the present alpha of every adapter, by layer."""
     return {name: float(layer.alpha) for name, layer in adapters(model).items()}
 
 
 def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
-    """Rescale weights of adapters that were trained with the alphas `stored`, so that they keep
-    their strength under the alphas that the layers have here. Layers that `stored` lacks are new.
-    """
+    """Rescale the weights of adapters that were trained with the alphas `stored`, so that they keep
+    their strength under the present alphas of the layers. Layers that `stored` lacks are new and
+    stay as they are."""
     for name, layer in adapters(model).items():
         wanted = layer.alpha
         set_alpha(layer, stored.get(name, wanted))
@@ -49,8 +49,9 @@ def carry_over(model: nn.Module, stored: dict[str, float]) -> None:
 
 
 def same_strength(model: nn.Module, stored: dict[str, float], rslora: bool) -> dict[str, float]:
-    """Return the alphas `stored`, of adapters whose scale is alpha / √rank (`rslora`) or alpha /
-    rank, as those that give the same scale by the rule that the layers have here."""
+    """Return the alphas `stored`, converted so that they give the same scale under the rule of the
+    layers here. `rslora` tells the rule under which they were stored: scale = alpha / √rank, or
+    alpha / rank if false."""
     result = dict(stored)
     for name, layer in adapters(model).items():
         if name in stored and isinstance(layer, LoRALinear) and layer.rslora != rslora:
@@ -60,7 +61,7 @@ def same_strength(model: nn.Module, stored: dict[str, float], rslora: bool) -> d
 
 
 def load_alphas(model: nn.Module, stored: dict[str, float]) -> None:
-    """Set the alphas that `alphas` returned; ValueError for a layer that is no adapter here."""
+    """Set the alphas that `alphas` returned. ValueError for a layer that has no adapter here."""
     layers = adapters(model)
     for name, alpha in stored.items():
         if name not in layers:

@@ -1,6 +1,8 @@
 """Tokenizers: pixels in [0, 1] `(B, F, 3, H, W)` ↔ raw latents `(B, F, h, w, C)`.
 
-To add one: a file with its config and class, a name in the union, a case below."""
+To add one, write a file with its config and class, list the config in the union, and add a case
+below.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,9 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer that `config` describes, on `device`. dtype: the precision of its
     arithmetic; None is float32 on a CPU and bfloat16 autocast on a GPU (the dummy is always
-    float32, the Wan VAE has it in its config).
+    float32, and for the Wan VAE None takes the config's `dtype`).
 
-    ConfigError: no such checkpoint, weights or latent statistics that do not fit, or code that
+    ConfigError: there is no such checkpoint, weights or latent statistics do not fit, or code
     cannot be imported.
     """
     match config:

@@ -1,4 +1,4 @@
-"""Check what every tokenizer asks of its inputs."""
+"""Check the shapes that every tokenizer takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmdit.interfaces import LatentSpec
 
 def frames_of(pixels: Tensor, spec: LatentSpec) -> Tensor:
     """Return the frames `(B F, 3, H, W)` of `pixels (B, F, 3, H, W)` in [0, 1]. ValueError for
-    other shapes, integers, or a size that the tokenizer would have to cut."""
+    other shapes, for integers, and for sizes that the tokenizer would have to crop."""
     if pixels.ndim != 5 or pixels.shape[2] != 3:
         raise ValueError(
             f"pixels are {tuple(pixels.shape)}; must be (batch, frames, 3, height, width)"

@@ -1,8 +1,9 @@
-"""A tokenizer without weights, for tests and dry runs: the lowest frequencies of each patch.
+"""A tokenizer without weights, for tests and dry runs: it keeps the lowest frequencies of each
+patch.
 
 Every patch of f×f pixels is projected on the first `latent_d` functions of its cosine basis (the
-DCT-II of JPEG), the three colours taking turns. Flat areas and slow gradients survive the round
-trip, detail finer than the kept frequencies does not.
+DCT-II of JPEG), with the three colours in turn. Flat areas and slow gradients survive the round
+trip; detail finer than the kept frequencies does not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mmdit.tokenizers.checks import frames_of, latent_frames_of
 class DummyTokenizerConfig(TokenizerSection):
     """A tokenizer without weights, for tests and dry runs."""
 
-    # Chooses the dummy.
+    # Chooses the dummy tokenizer.
     type: Literal["dummy"] = "dummy"
     # Pixels that a latent cell covers along each axis.
     latent_f: int = 16
@@ -35,8 +36,8 @@ class DummyTokenizerConfig(TokenizerSection):
     latent_d: int = 64
     # Multiplies latents, as with `vtp`.
     latent_scale: float = 1.0
-    # Cache beside each clip what a model of this width and height in pixels could have drawn of it,
-    # for super-resolution; null caches the clip alone.
+    # Cache beside each clip the same clip as a model of this width and height in pixels could at
+    # best have drawn it, for super-resolution; null caches the clip alone.
     low_resolution: tuple[int, int] | None = None
 
     def __post_init__(self):
@@ -76,7 +77,8 @@ class DummyTokenizer(Tokenizer):
 
 
 def _cosines(size: int, channels: int) -> Tensor:
-    """Return orthonormal patch functions `(channels, 3, size, size)` by rising frequency."""
+    """Return orthonormal patch functions `(channels, 3, size, size)`, ordered by rising
+    frequency."""
     position, frequency = torch.arange(size) + 0.5, torch.arange(size)
     waves = torch.cos(math.pi / size * frequency[:, None] * position) * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)

@@ -1,4 +1,4 @@
-"""Tokenizers for caches that hold a second clip beside each, as further channels."""
+"""Tokenizers for caches that hold a second clip beside each clip, as further channels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mmdit.interfaces import Tokenizer
 
 
 class Twofold(Tokenizer):
-    """`tokenizer` for caches: `encode` gives twice its channels, the clip's and then those of what
-    a subclass makes of it."""
+    """Wraps `tokenizer` for caches: `encode` gives twice its channels, those of the clip and then
+    those of a second clip, which a subclass makes from it."""
 
     def __init__(self, tokenizer: Tokenizer):
         spec = tokenizer.spec
@@ -23,5 +23,5 @@ class Twofold(Tokenizer):
         return self.of_clips
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the clip, without what is beside it."""
+        """Decode the clip alone, without the second one."""
         return self.plain.decode(latents[..., : self.plain.spec.channels])

@@ -1,8 +1,8 @@
 """The VTP tokenizer: a checkpoint folder of our training or of the public release.
 
 The network is the package `vtp` that is installed with mmdit; a clone of the public release can
-stand in for it (`repo_path`). It is moved, never cast: its rotary positions are bfloat16 by design,
-and in the public code `.float()` or `.half()` would change them.
+replace it (`repo_path`). The network is moved between devices, but never cast: its rotary positions
+are bfloat16 by design, and in the public code `.float()` or `.half()` would change them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mmdit.shipped import find
 from mmdit.tokenizers.checks import frames_of, latent_frames_of
 
 STATS_FILE = "latent_stats.json"
-UPSAMPLING = 16  # of the VTP pixel decoder, whatever the encoder's patch
+UPSAMPLING = 16  # of the VTP pixel decoder, whatever the encoder's patch size
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class VTPTokenizerConfig(TokenizerSection):
     latent_d: int = 64
     # Multiplies normalised latents, so that their size is about 1 (`mmdit estimate-latent-scale`).
     latent_scale: float = 1.0
-    # Means and deviations that normalise latents: `auto` is latent_stats.json beside the weights if
-    # it is there, `none`, or the path of such a file.
+    # File with the means and deviations that normalise latents: a path; `auto` for
+    # latent_stats.json beside the weights, if it is there; or `none`.
     latent_stats: str = "auto"
     # Frames that go through the network at a time.
     chunk_size: int = 64
     # Compile the encoder's blocks on a GPU: faster after half a minute of preparation.
     compile: bool = False
-    # Cache beside each clip what a model of this width and height in pixels could have drawn of it,
-    # for super-resolution; null caches the clip alone.
+    # Cache beside each clip the same clip as a model of this width and height in pixels could at
+    # best have drawn it, for super-resolution; null caches the clip alone.
     low_resolution: tuple[int, int] | None = None
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class VTPTokenizer(Tokenizer):
     `device`.
 
     dtype: float32, or bfloat16/float16 for autocast; None is float32 on a CPU and bfloat16 on a
-    GPU. The weights are frozen; gradients reach `latents` or `pixels` that ask for them.
+    GPU. The weights are frozen, but gradients flow back to `latents` or `pixels` that require them.
     ConfigError: see `build_tokenizer`.
     """
 
@@ -105,7 +105,7 @@ class VTPTokenizer(Tokenizer):
     def of_network(
         cls, network: Any, spec: LatentSpec, fingerprint: str, device: torch.device
     ) -> VTPTokenizer:
-        """Return the tokenizer of a `VTPModel` that is loaded already, and is on `device`."""
+        """Return the tokenizer of a `VTPModel` that is already loaded and on `device`."""
         tokenizer = cls.__new__(cls)
         tokenizer._take(network, spec, device)
         tokenizer.fingerprint = fingerprint
@@ -118,10 +118,9 @@ class VTPTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of what raw latents depend on: the encoder's weights, the network, pixel
-        normalisation. `latent_scale`, `latent_stats` and the decoder's weights do not count, so
-        that the caches and models there are can be used with a better decoder.
-        """
+        """Return a hash of all that raw latents depend on: the encoder's weights, the network,
+        pixel normalisation. `latent_scale`, `latent_stats` and the decoder's weights do not count,
+        so that existing caches and models can be used with a better decoder."""
         mean, deviation = IMAGENET
         digest = hashlib.sha256(f"{mean} {deviation}".encode())
         digest.update((self._folder / "config.json").read_bytes())
@@ -138,7 +137,7 @@ class VTPTokenizer(Tokenizer):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode frame by frame. ValueError for a size that is not a multiple of 16: nothing is
-        cut silently."""
+        cropped silently."""
         latents = [
             self._run(self._model.get_reconstruction_latents, self._standard.to_standard(part))
             for part in self._chunks(frames_of(pixels, self.spec))
@@ -146,7 +145,7 @@ class VTPTokenizer(Tokenizer):
         return rearrange(torch.cat(latents), "(b f) c h w -> b f h w c", b=len(pixels))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode frame by frame, clamped to [0, 1]."""
+        """Decode frame by frame, to pixels clamped to [0, 1]."""
         decoded = [
             self._run(self._model.get_latents_decoded_images, part)
             for part in self._chunks(latent_frames_of(latents, self.spec))
@@ -183,7 +182,7 @@ def _load(config: VTPTokenizerConfig, folder: Path) -> torch.nn.Module:
     code = import_vtp(config.repo_path)
     try:
         return code.VTPModel.from_pretrained(str(folder), dtype=torch.float32).eval()
-    except Exception as error:  # whatever a folder of others does to the network's own code
+    except Exception as error:  # on a foreign folder, the network's own code may raise anything
         raise ConfigError(
             "tokenizer.name_or_path", f"is {config.name_or_path!r}, which cannot be opened: {error}"
         ) from error
@@ -191,7 +190,7 @@ def _load(config: VTPTokenizerConfig, folder: Path) -> torch.nn.Module:
 
 def import_vtp(repo_path: str | None = None) -> ModuleType:
     """Return `vtp.models.vtp_hf` of the installed package, or of the clone in `repo_path`. A
-    process holds one package `vtp`: another is an error."""
+    process can hold only one package `vtp`: to ask for another is an error."""
     root = _installed_package() if repo_path is None else _clone(repo_path)
     loaded = sys.modules.get("vtp")
     if loaded is not None and loaded.__file__:
@@ -209,7 +208,7 @@ def import_vtp(repo_path: str | None = None) -> ModuleType:
     try:
         return importlib.import_module("vtp.models.vtp_hf")
     except ImportError as error:
-        # a half-imported package would hide the error the next time
+        # a half-imported package would hide the error at the next attempt
         for name in set(sys.modules) - modules:
             if name.partition(".")[0] == "vtp":
                 del sys.modules[name]
@@ -221,7 +220,7 @@ def import_vtp(repo_path: str | None = None) -> ModuleType:
 
 def _installed_package() -> Path:
     """Return the folder that holds the installed package `vtp`. In a source tree that was never
-    installed that is `VTP/`, which is put on the path."""
+    installed, this is `VTP/`, which is put on the import path."""
     spec = PathFinder.find_spec("vtp")
     folder = Path(__file__).resolve().parents[2] / "VTP"
     if (spec is None or spec.origin is None) and (folder / "vtp").is_dir():
@@ -267,7 +266,8 @@ def _spec(config: VTPTokenizerConfig, network, folder: Path) -> LatentSpec:
 
 
 def _stats(config: VTPTokenizerConfig, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of each channel; nothing where there are no statistics."""
+    """Return the mean and deviation of each channel; two empty tuples where there are no
+    statistics."""
     setting, beside = config.latent_stats, folder / STATS_FILE
     if setting == "none" or (setting == "auto" and not beside.is_file()):
         return (), ()

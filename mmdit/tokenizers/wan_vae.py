@@ -76,13 +76,13 @@ class WanVAETokenizerConfig(TokenizerSection):
     latent_f: int = 8
     # Channels of a latent: 16 for Wan 2.1, 48 for Wan 2.2.
     latent_d: int = 16
-    # Whether caches also hold the latents of each clip's `first`, or `first_last`, frame, to train
-    # I2V and FLF2V.
+    # Whether caches also hold the latents of each clip's first frame (`first`), or of its first and
+    # last (`first_last`), to train I2V and FLF2V.
     picture: Picture = "none"
-    # Cut frames into overlapping square tiles of so many pixels, which needs less memory; 0 does
-    # not.
+    # Cut frames into overlapping square tiles of this many pixels, which needs less memory; 0 does
+    # not cut.
     tile: int = 0
-    # The type of the arithmetic. The official code has float32; bfloat16 changes latents by 1 %
+    # The dtype of the arithmetic. The official code uses float32; bfloat16 changes latents by 1 %
     # (measured on tiny weights).
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -105,11 +105,13 @@ class WanVAETokenizerConfig(TokenizerSection):
 
 
 class WanVAETokenizer(Tokenizer):
-    """Pixels [0, 1] `(B, 4n + 1, 3, H, W)` ↔ raw latents `(B, n + 1, H/f, W/f, C)` float32: means,
-    which `spec` normalises.
+    """Pixels [0, 1] `(B, 4n + 1, 3, H, W)` ↔ raw latents `(B, n + 1, H/f, W/f, C)` float32: the
+    means of the VAE, which `spec` normalises.
 
-    Weights are float32 and frozen; dtype: of the arithmetic, None is the config's. ConfigError: no
-    such weights, or not of a Wan VAE, or of other sizes than the config's."""
+    Weights are float32 and frozen. dtype: that of the arithmetic; None takes the config's.
+    ConfigError: there are no such weights, they are not those of a Wan VAE, or have other sizes
+    than the config says.
+    """
 
     def __init__(
         self,
@@ -140,7 +142,8 @@ class WanVAETokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of the encoder's weights, whatever file they came from."""
+        """Return a hash of the encoder's weights; it does not depend on the file from which they
+        came."""
         digest = hashlib.sha256(f"wan_vae {self._model.sizes}".encode())
         for name, value in sorted(self._model.state_dict().items()):
             if name.startswith(("encoder.", "conv1.")):
@@ -152,8 +155,8 @@ class WanVAETokenizer(Tokenizer):
         return str(self.dtype).removeprefix("torch.")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode clips. ValueError for frames that are not 4n + 1, of which the official code drops
-        the last ones silently."""
+        """Encode clips. ValueError unless the number of frames is 4n + 1: the official code would
+        silently drop the last ones."""
         frames_of(pixels, self.spec)
         self.spec.frames(pixels.shape[1])
         signed = to_signed(pixels.to(self.device, torch.float32))
@@ -170,8 +173,8 @@ class WanVAETokenizer(Tokenizer):
     def _tiled(
         self, function: Callable[[Tensor], Tensor], x: Tensor, inputs: int, outputs: int
     ) -> Tensor:
-        """Return `function(x)`, made of tiles of `tile` cells, which fade over where they overlap.
-        A cell is `inputs` values wide before the function and `outputs` after it."""
+        """Return `function(x)`, computed in tiles of `tile` cells that are blended where they
+        overlap. A cell is `inputs` values wide before the function and `outputs` after it."""
         rows, columns = x.shape[3] // inputs, x.shape[4] // inputs
         narrow = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=narrow):
@@ -197,7 +200,8 @@ class WanVAETokenizer(Tokenizer):
 
 
 def _tiles(cells: int, tile: int) -> list[tuple[int, int]]:
-    """Return (start, length) of tiles that cover `cells`, each a quarter over the last."""
+    """Return (start, length) of the tiles that cover `cells`; each overlaps the one before by about
+    a quarter, the last perhaps by more."""
     count = max(1, -(-(cells - tile) * 4 // (3 * tile)) + 1)
     return [(min(i * tile * 3 // 4, max(0, cells - tile)), min(tile, cells)) for i in range(count)]
 
@@ -222,7 +226,7 @@ def _locate(path: Path) -> Path:
     return files[0] if files else path
 
 
-DIFFERENT_IN_DIFFUSERS = {  # official → Diffusers: the tensors that tell the sizes
+DIFFERENT_IN_DIFFUSERS = {  # official → Diffusers: the tensors that reveal the sizes
     "decoder.conv1.weight": "decoder.conv_in.weight",
     "encoder.conv1.weight": "encoder.conv_in.weight",
     "conv2.weight": "post_quant_conv.weight",
@@ -231,7 +235,7 @@ DIFFERENT_IN_DIFFUSERS = {  # official → Diffusers: the tensors that tell the 
 
 def _load(place: Path) -> WanVAE:
     stored, prefix = Checkpoint(place), ""
-    if all(name.startswith("model.") for name in stored.entries):  # as some repacked files have it
+    if all(name.startswith("model.") for name in stored.entries):  # as in some repacked files
         prefix = "model."
     bare = {name: name.removeprefix(prefix) for name in stored.entries}
     shapes = {bare[name]: entry.shape for name, entry in stored.entries.items()}
@@ -258,7 +262,7 @@ def _load(place: Path) -> WanVAE:
 
 
 def _statistics(place: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of each channel: those of a config.json beside the weights, else
+    """Return the mean and deviation of each channel: from a config.json beside the weights, else
     the released ones."""
     file = (place if place.is_dir() else place.parent) / "config.json"
     stored = read_json(file, "config of a Wan VAE") if file.is_file() else {}

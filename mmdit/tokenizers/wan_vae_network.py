@@ -1,9 +1,9 @@
 """The causal video autoencoders of Wan 2.1 (4x8x8, Wan Team 2025, arXiv 2503.20314) and 2.2
 (4x16x16), under official names.
 
-Everything streams: frame 0 alone, then groups of 4 (decoding: one latent frame each). A `Stream`
-carries the last two frames that each convolution saw, so a clip costs the memory of a few frames
-and gives what it would give as a whole.
+A clip is processed in chunks: frame 0 alone, then 4 frames at a time (in decoding, one latent frame
+at a time). A `Stream` keeps the last one or two frames that each temporal convolution saw, so that
+a clip needs the memory of a few frames and gives the same result as if it were processed whole.
 
 Axes: b sample · c channel · f frame · h row · w column.
 """
@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-MULTIPLES = (1, 2, 4, 4)  # of the base width, by stage
+MULTIPLES = (1, 2, 4, 4)  # of the base width, one for each stage
 DOWN_TIME = (False, True, True)  # which stage halves the frames, too
 BLOCKS = 2
-GROUP = 4  # frames of a latent frame, but the first
+GROUP = 4  # frames that one latent frame stands for; the first stands for one
 
 
 @dataclass(frozen=True)
 class WanVAESizes:
-    """`residual`: 2.2, whose stages have shortcuts and whose pixels come in patches of 2x2."""
+    """The sizes of a Wan VAE. `residual`: it is 2.2, whose stages have shortcuts and whose pixels
+    come in patches of 2x2."""
 
     encoder_dim: int
     decoder_dim: int
@@ -45,7 +46,8 @@ class WanVAESizes:
 
     @staticmethod
     def infer(shapes: dict[str, tuple[int, ...]]) -> WanVAESizes:
-        """Read the sizes off official names and shapes. KeyError: not this network."""
+        """Return the sizes, read off official parameter names and shapes. KeyError if it is not
+        this network."""
         residual = any(name.startswith("encoder.downsamples.0.downsamples.") for name in shapes)
         return WanVAESizes(
             encoder_dim=shapes["encoder.conv1.weight"][0],
@@ -56,15 +58,15 @@ class WanVAESizes:
 
 
 class Stream:
-    """The past of one pass over one batch of clips."""
+    """The state of one pass over one batch of clips: the past frames of each convolution."""
 
     def __init__(self):
-        self.first = True  # chunk
+        self.first = True  # whether the first chunk is processed
         self.past: dict[nn.Module, Tensor] = {}
 
     def extend(self, module: nn.Module, x: Tensor, keep: int) -> Tensor:
-        """Return `x (b, c, f, h, w)` behind the last `keep` frames that `module` saw; before the
-        first frame it saw zeros."""
+        """Return `x (b, c, f, h, w)` preceded by the last `keep` frames that `module` saw; before
+        the first frame these are zeros."""
         past = self.past.get(module)
         x = F.pad(x, (0, 0, 0, 0, keep, 0)) if past is None else torch.cat([past.to(x.dtype), x], 2)
         self.past[module] = x[:, :, -keep:]
@@ -72,7 +74,8 @@ class Stream:
 
 
 class CausalConv(nn.Conv3d):
-    """Sees `kernel - 1` frames before its own; rows and columns are padded evenly."""
+    """A convolution that sees `kernel - 1` frames before the present one, and none after it; rows
+    and columns are padded on both sides."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int, int]):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
@@ -84,7 +87,7 @@ class CausalConv(nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """Root mean square norm over channels, axis 1, with a weight."""
+    """Root mean square norm over the channels, which are axis 1, with a weight."""
 
     def __init__(self, width: int, axes: int = 3):
         super().__init__()
@@ -100,7 +103,8 @@ class SiLU(nn.Module):
 
 
 class NoDropout(nn.Module):
-    """Stands where the official code has dropout, so that what follows is numbered as there."""
+    """Takes the place that dropout has in the official code, so that the modules after it get the
+    same numbers as there."""
 
     def forward(self, x: Tensor, _stream: Stream) -> Tensor:
         return x
@@ -114,7 +118,7 @@ class Chain(nn.ModuleList):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut beside them."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -143,7 +147,7 @@ def per_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class FrameAttention(nn.Module):
-    """Attention of one head within each frame."""
+    """Attention with one head, within each frame."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -160,7 +164,7 @@ class FrameAttention(nn.Module):
 
 
 class Down(nn.Module):
-    """Halves rows and columns, and with `time` the frames after the first."""
+    """Halves rows and columns, and with `time` also the number of frames after the first."""
 
     def __init__(self, width: int, time: bool):
         super().__init__()
@@ -176,8 +180,8 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles rows and columns, and with `time` the frames after the first, which the doubling
-    never sees."""
+    """Doubles rows and columns, and with `time` also the number of frames after the first, which
+    takes no part in that."""
 
     def __init__(self, inputs: int, outputs: int, time: bool):
         super().__init__()
@@ -195,13 +199,13 @@ class Up(nn.Module):
 
 
 def residuals(count: int, inputs: int, outputs: int) -> list[nn.Module]:
-    """Return `count` blocks in a row, of which the first changes the width."""
+    """Return a list of `count` residual blocks, of which the first changes the width."""
     return [Residual(inputs if i == 0 else outputs, outputs) for i in range(count)]
 
 
 class DownStage(nn.Module):
-    """A stage of 2.2: blocks, then `resample`, beside a shortcut: the mean of the groups of inputs
-    that each output covers."""
+    """A stage of 2.2: blocks, then `resample`. The shortcut beside them averages groups of the
+    inputs that each output covers."""
 
     def __init__(self, inputs: int, outputs: int, resample: Down | None, time: bool):
         super().__init__()
@@ -223,7 +227,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """A stage of 2.2: blocks, then `resample`, beside a shortcut that repeats its inputs."""
+    """A stage of 2.2: blocks, then `resample`. The shortcut beside them repeats the inputs."""
 
     def __init__(self, inputs: int, outputs: int, resample: Up | None, time: bool):
         super().__init__()
@@ -246,7 +250,8 @@ class UpStage(nn.Module):
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: the middle, the head, and a pass through all parts."""
+    """The parts that encoder and decoder share: the middle, the head, and the pass through all
+    parts."""
 
     def __init__(self, width: int, last_width: int, outputs: int):
         super().__init__()
@@ -295,7 +300,7 @@ class Decoder(Coder):
             if sizes.residual:
                 up = None if last else Up(outputs, outputs, time)
                 stages.append(UpStage(inputs, outputs, up, time))
-            else:  # 2.1 halves its channels where it enlarges
+            else:  # 2.1 halves the channels where it enlarges
                 stages += residuals(BLOCKS + 1, inputs if i == 0 else inputs // 2, outputs)
                 stages += [] if last else [Up(outputs, outputs // 2, time)]
         self.upsamples = Chain(stages)
@@ -305,8 +310,8 @@ class Decoder(Coder):
 
 
 class WanVAE(nn.Module):
-    """`encode`: pixels `(b, 3, f, h, w)` in [-1, 1], f = 4n + 1, to means `(b, C, n + 1, h', w')`;
-    `decode`: back, not clamped."""
+    """The network. `encode` maps pixels `(b, 3, f, h, w)` in [-1, 1], f = 4n + 1, to means `(b, C,
+    n + 1, h', w')`; `decode` maps these back to pixels, which are not clamped."""
 
     def __init__(self, sizes: WanVAESizes):
         super().__init__()
@@ -330,13 +335,14 @@ class WanVAE(nn.Module):
 
     @cached_property
     def diffusers_names(self) -> dict[str, str]:
-        """Return the name in Diffusers' AutoencoderKLWan of every parameter, by its official
+        """Return the name that each parameter has in Diffusers' AutoencoderKLWan, by its official
         name."""
         return {name: _diffusers_name(name, self.sizes.residual) for name in self.state_dict()}
 
 
 def streamed(network: nn.Module, chunks: Sequence[Tensor]) -> Tensor:
-    """Run `network` over the chunks of a clip in their order, and join what it gives."""
+    """Run `network` over the chunks of a clip in order, and return its outputs joined along
+    time."""
     stream, parts = Stream(), []
     for chunk in chunks:
         parts.append(network(chunk, stream))

@@ -1,5 +1,5 @@
-"""Make what models of super-resolution are trained on: beside the latents of each clip those of the
-same clip as a small model would have drawn it, enlarged, cached as further channels.
+"""Make the training data of super-resolution: beside the latents of each clip, those of the same
+clip as a small model would have drawn it, enlarged, are cached as further channels.
 
 Axes: b clip · f frame · c channel.
 """
@@ -15,16 +15,17 @@ from mmdit.tokenizers.twofold import Twofold
 
 
 def enlarged_latents(tokenizer: Tokenizer, pixels: Tensor, width: int, height: int) -> Tensor:
-    """Return the raw latents `(b, f, r, c, d)` of small clips `pixels (b, f, 3, H, W)` that were
-    enlarged to `width` by `height`. Enlarged in latent space they would say less: a latent cell of
-    the small clip covers several of the large one and cannot be cut between them linearly."""
+    """Return the raw latents `(b, f, r, c, d)` of small clips `pixels (b, f, 3, H, W)` after these
+    were enlarged to `width` by `height` pixels. Latents cannot be enlarged instead without a loss:
+    a latent cell of the small clip covers several of the large one and cannot be divided among them
+    linearly."""
     return tokenizer.encode(resized(pixels, width, height))
 
 
 class WithLowResolution(Twofold):
-    """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
-    and then those of the clip after a round trip through `tokenizer` at the size `small` (width,
-    height), which is the most that a small model can draw."""
+    """Wraps `tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels,
+    those of the clip and then those of the clip after a round trip through `tokenizer` at the size
+    `small` (width, height), which is the best that a small model can draw."""
 
     def __init__(self, tokenizer: Tokenizer, small: tuple[int, int]):
         super().__init__(tokenizer)

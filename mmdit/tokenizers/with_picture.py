@@ -1,5 +1,5 @@
-"""Make what I2V models of Wan are trained on: beside the latents of each clip those of its
-pictures, cached as further channels.
+"""Make the training data of Wan's I2V models: beside the latents of each clip, those of its given
+pictures are cached as further channels.
 
 Axes: b clip · f frame · c channel.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 from mmdit.interfaces import Picture, Tokenizer
 from mmdit.tokenizers.twofold import Twofold
 
-GREY = 0.5  # of the frames that are not given
+GREY = 0.5  # the value of frames that are not given
 
 
 def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
-    """Return a clip `(b, frames, 3, H, W)` of the picture `first (b, 3, H, W)`, then grey, then
-    the picture `last` if there is one."""
+    """Return a clip `(b, frames, 3, H, W)` that begins with the picture `first (b, 3, H, W)`, ends
+    with the picture `last` if there is one, and is grey in between."""
     clip = torch.full_like(first, GREY)[:, None].repeat(1, frames, 1, 1, 1)
     clip[:, 0] = first
     if last is not None:
@@ -26,9 +26,9 @@ def with_grey(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
 
 
 class WithPicture(Twofold):
-    """`tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels, the clip's
-    and then those of its first (and last) frame with grey in between, as the model is given
-    them."""
+    """Wraps `tokenizer` for caches: `encode(pixels (b, f, 3, H, W))` gives twice its channels,
+    those of the clip and then those of its first (and last) frame with grey frames elsewhere, which
+    is what the model is given."""
 
     def __init__(self, tokenizer: Tokenizer, picture: Picture):
         super().__init__(tokenizer)

@@ -1,5 +1,5 @@
-"""Captions to tokens. To add an encoder: a file with `XConfig` and `X`, its name in the union, a
-`case` in `build_…`."""
+"""Text encoders: captions to tokens. To add one, write a file with `XConfig` and `X`, list the
+config in the union, and add a `case` in `build_…`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ TextEncoderConfig = ByteLevelConfig | HashConfig | HuggingFaceConfig | UMT5Confi
 
 
 def build_text_encoder(config: TextEncoderConfig, keep: Keep | None = None) -> TextEncoder:
-    """Return the encoder of `config`, on the CPU. New weights come from the global generator. A
-    frozen encoder has no parameter that requires a gradient. `keep`: gives the weights of a UMT5 as
-    they lie in its files, in place of a copy. ConfigError if it cannot be loaded.
+    """Return the encoder of `config`, on the CPU.
+
+    New weights come from torch's global generator. In a frozen encoder no parameter requires a
+    gradient. `keep`: makes the weights of a UMT5 from the tensors as they lie in its files, see
+    `weights.fill`. ConfigError if the encoder cannot be loaded.
     """
     try:
         match config:

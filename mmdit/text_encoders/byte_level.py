@@ -37,9 +37,9 @@ class ByteLevelConfig(TextEncoderSection):
     depth: int = 2
     # Heads of attention; must divide `dim`.
     num_heads: int = 4
-    # Words that a convolution mixes before the layers, an odd number: 5 are a word and two on each
-    # side of it; 1 mixes none. Which colour, number or place belongs to which noun is then there
-    # from the first step.
+    # How many adjacent words a convolution mixes before the layers, an odd number: 5 are a word
+    # and two on each side of it; 1 mixes none. The tokens then show from the first step which
+    # colour, number or place belongs to which noun.
     convolution: int = 1
     # The most words of a caption that are read; a word of more than 16 bytes counts for several.
     max_length: int = 77
@@ -75,8 +75,8 @@ class ByteLevelConfig(TextEncoderSection):
 
 
 def spell(chunk: str) -> list[str]:
-    """Words and punctuation marks of a text without spaces, long words cut between letters to at
-    most `WORD_BYTES` bytes."""
+    """Return the words and punctuation marks of a text without spaces; long words are cut between
+    letters into pieces of at most `WORD_BYTES` bytes."""
     pieces = []
     for word in sum(split_words(chunk), []):
         size = WORD_BYTES + 1
@@ -91,8 +91,8 @@ def spell(chunk: str) -> list[str]:
 
 
 def byte_rows(words: list[str]) -> Tensor:
-    """`(len(words), WORD_BYTES)` int64: for byte i of the word its row in the table of place i, or
-    NO_BYTE after the end."""
+    """Return rows of the embedding table, `(len(words), WORD_BYTES)` int64: for each byte of a word
+    the row of that byte at that place, and NO_BYTE after the end."""
     rows = torch.full((len(words), WORD_BYTES), NO_BYTE)
     for row, word in zip(rows, words, strict=True):
         content = torch.tensor(list(word.encode()))
@@ -101,8 +101,9 @@ def byte_rows(words: list[str]) -> Tensor:
 
 
 def side_by_side(words: Tensor, count: int) -> Tensor:
-    """Return for each of the words `(b, t, d)` the `count` words around it, an odd number, one
-    behind the other: `(b, t, count·d)`, with zeros beyond both ends."""
+    """Return, for each of the words `(b, t, d)`, the vectors of the `count` words around it (an odd
+    number, the word included) joined to one: `(b, t, count·d)`. Beyond both ends there are
+    zeros."""
     length, reach = words.shape[1], count // 2
     padded = F.pad(words, (0, 0, reach, reach))
     return torch.cat([padded[:, first : first + length] for first in range(count)], dim=-1)
@@ -118,7 +119,8 @@ class Layer(nn.Module):
         self.mlp = GELU(dim, ratio=2)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """`x (b, t, h·d)`, `valid (b, t)` with a valid word in every caption → like `x`."""
+        """Return the words after this layer, of the same shape as `x (b, t, h·d)`. `valid (b, t)`
+        must have a valid word in every caption."""
         h = self.attention_norm(x)
         q, k, v = (rearrange(z, "b t h d -> b h t d") for z in self.attention.heads(h, h))
         x = x + self.attention.output(
@@ -128,9 +130,9 @@ class Layer(nn.Module):
 
 
 class ByteLevelEncoder(TextEncoder):
-    """A word is the sum of one vector per (place, byte), so that any spelling has its own sum; an
-    MLP makes a token of it (once per distinct word of the batch), a convolution may add its
-    neighbours, then attention reads the words in their order."""
+    """Reads words by their bytes. A word is the sum of one vector per (place, byte), so that every
+    spelling has its own sum. An MLP turns this into a token (once per distinct word of the batch),
+    a convolution may add the word's neighbours, and attention then reads the words in order."""
 
     def __init__(self, config: ByteLevelConfig):
         super().__init__()
@@ -139,7 +141,7 @@ class ByteLevelEncoder(TextEncoder):
         self.words = WordRows(spell, byte_rows, config.max_length)
         self.bytes = nn.Embedding(
             1 + 256 * WORD_BYTES, dim, padding_idx=NO_BYTE
-        )  # standard normal: words differ at once
+        )  # standard normal: words differ from the start
         self.word_mlp = GELU(dim, ratio=2)
         self.convolution = config.convolution
         if config.convolution > 1:
@@ -151,8 +153,8 @@ class ByteLevelEncoder(TextEncoder):
         self.requires_grad_(not config.freeze)
 
     def forward(self, captions: list[str]) -> TextTokens:
-        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in
-        the longest, about unit variance."""
+        """Return the tokens `(B, T, dim)` of B captions, float32 on this module's device, of about
+        unit variance. T is the number of words in the longest caption."""
         device = self.positions.device
         rows, index, valid = self.words(captions, device)
         words = rms_norm(self.bytes(rows).sum(dim=1))  # (u, dim)
@@ -163,8 +165,8 @@ class ByteLevelEncoder(TextEncoder):
             read = torch.where(valid[..., None], x, 0.0)
             x = x + self.neighbours(side_by_side(read, self.convolution))
         x = x + self.positions[:length]
-        # An empty caption reads its first padding: a softmax over nothing is no number on some
-        # devices.
+        # An empty caption attends to its first padding: on some devices, a softmax over nothing
+        # gives nan.
         readable = valid | (
             ~valid.any(dim=1, keepdim=True) & (torch.arange(length, device=device) == 0)
         )

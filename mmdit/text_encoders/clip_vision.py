@@ -1,9 +1,9 @@
 """The picture encoder of Wan 2.1's I2V and FLF2V: the ViT-H/14 of CLIP (Radford et al. 2021,
 2103.00020; weights of OpenCLIP with XLM-RoBERTa), from the official .pth or a Diffusers
-`image_encoder/`. Wan reads the states before its last block.
+`image_encoder/`. Wan reads the hidden states before its last block.
 
-The network is written down here, in 70 lines, though transformers has one: the parameters of that
-have other names in version 4 than in version 5, and the official file has others again.
+The network is written out here, in 70 lines, though transformers has one: that one's parameters
+have other names in version 4 than in version 5, and the official file has yet others.
 
 Axes: b picture · l place (the class token first) · h head · d width.
 """
@@ -27,8 +27,8 @@ from mmdit.weights import Checkpoint, Entry, fill, shapes_of
 
 # in official and Diffusers releases
 PLACES = ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder")
-HEAD_DIM = 80  # of ViT-H/14; a config.json may say otherwise
-NAMES = {  # transformers → ours (official but for q, k and v, which are one matrix there)
+HEAD_DIM = 80  # the width of a head in ViT-H/14; a config.json may give another
+NAMES = {  # transformers → ours (the official ones, but these have q, k and v in one matrix)
     "embeddings.class_embedding": "cls_embedding",
     "embeddings.position_embedding.weight": "pos_embedding",
     "embeddings.patch_embedding": "patch_embedding",
@@ -43,7 +43,7 @@ NAMES = {  # transformers → ours (official but for q, k and v, which are one m
 }
 
 
-# what a file holds besides: the text tower, and what follows the states that Wan reads
+# other contents of a file: the text tower, and the layers after the states that Wan reads
 BEYOND = ("textual.", "log_scale", "post_", "head", "visual_projection.", "embeddings.")
 
 
@@ -51,10 +51,10 @@ BEYOND = ("textual.", "log_scale", "post_", "head", "visual_projection.", "embed
 class ClipVisionSizes:
     dim: int
     hidden: int
-    blocks: int  # that are run: all but the last one
+    blocks: int  # the blocks that are run: all but the last one
     heads: int
     patch: int
-    places: int  # patches of a picture, and the class token
+    places: int  # patches of a picture, plus the class token
     eps: float = 1e-5
 
 
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """`model(pixels (b, 3, H, W) in [0, 1])` → states `(b, 257, 1280)` before the last block,
+    """Maps pixels `(b, 3, H, W)` in [0, 1] to the states `(b, 257, 1280)` before the last block,
     without the last norm."""
 
     def __init__(self, sizes: ClipVisionSizes):
@@ -100,8 +100,8 @@ class ClipVision(nn.Module):
         self.transformer = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Squeeze the picture to a square, whatever its aspect, without antialiasing, as the
-        official code does, and return its states."""
+        """Return the states of pictures. Each is resized to a square whatever its aspect ratio,
+        without antialiasing, as in the official code."""
         side = round((self.sizes.places - 1) ** 0.5) * self.sizes.patch
         small = F.interpolate(pixels.float(), (side, side), mode="bicubic", align_corners=False)
         standard = Standard(CLIP, pixels.device).to_standard(small)
@@ -119,8 +119,8 @@ class ClipVision(nn.Module):
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 class _Split:
-    """A checkpoint's tensors, one matrix of q, k and v as three, and leading axes of length 1 left
-    out."""
+    """The tensors of a checkpoint, with a joint matrix of q, k and v split into three, and leading
+    axes of length 1 removed."""
 
     def __init__(self, stored: Checkpoint):
         self.stored = stored
@@ -147,7 +147,7 @@ class _Split:
 
 
 def our_name(name: str) -> str:
-    """Return our name of a parameter in either layout."""
+    """Return our name of a parameter that is given by its name in either layout."""
     name = name.removeprefix("model.").removeprefix("visual.").removeprefix("vision_model.")
     for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
@@ -157,9 +157,9 @@ def our_name(name: str) -> str:
 def load_clip_vision(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> ClipVision:
-    """Load the encoder of a release's folder, an `image_encoder/`, or a weight file. The text tower
-    and what follows the states are left out. ValueError, in one sentence: it is not there, cannot
-    be read, or is no such encoder."""
+    """Load the encoder from the folder of a release, from an `image_encoder/`, or from a weight
+    file. The text tower and the layers after the states are left out. ValueError, in one sentence,
+    if it is not there, cannot be read, or is no such encoder."""
     path = Path(path)
     place = next((path / name for name in PLACES if (path / name).exists()), path)
     stored = _Split(Checkpoint(place))
@@ -195,8 +195,8 @@ def load_clip_vision(
 
 
 def _with_config(file: Path, sizes: ClipVisionSizes) -> ClipVisionSizes:
-    """Return `sizes` with what only a config.json of transformers says. ValueError: it is of
-    another network."""
+    """Return `sizes` with the values that only a config.json of transformers gives. ValueError if
+    that describes another network."""
     config = read_json(file, "config of a CLIP picture encoder")
     heads = config.get("num_attention_heads", sizes.heads)
     activation = config.get("hidden_act", "gelu")

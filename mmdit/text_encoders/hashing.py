@@ -41,9 +41,9 @@ class HashConfig(TextEncoderSection):
 
 
 class HashEncoder(TextEncoder):
-    """Each word is a standard normal vector drawn with the word as key, plus a sinusoid of its
-    place. The same on every rank, machine and run, so nothing is saved. Case and surrounding
-    punctuation do not count; word order is told only by the sinusoid."""
+    """Represents each word by a standard normal vector, drawn with the word as key, plus a sinusoid
+    of its place. The vectors are the same on every rank, machine and run, so nothing is saved. Case
+    and surrounding punctuation do not count; only the sinusoid carries the word order."""
 
     def __init__(self, config: HashConfig):
         super().__init__()
@@ -60,8 +60,8 @@ class HashEncoder(TextEncoder):
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> TextTokens:
-        """`len(captions)` texts → tokens `(B, T, dim)` float32 on this module's device; T words in
-        the longest."""
+        """Return the tokens `(B, T, dim)` of B captions, float32 on this module's device. T is the
+        number of words in the longest caption."""
         rows, index, valid = self.words(captions, self.positions.device)
         embeddings = F.embedding(index, rows) + self.positions[: index.shape[1]]
         return TextTokens(torch.where(valid[..., None], embeddings, 0.0), valid)

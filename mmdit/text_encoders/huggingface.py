@@ -36,22 +36,22 @@ class HuggingFaceConfig(TextEncoderSection):
     type: Literal["hf"] = "hf"
     # A folder, or a name on the Hugging Face hub.
     name_or_path: FilePath = ""
-    # Width of its tokens, which the encoder knows; if given, it must agree.
+    # Width of its tokens. The encoder knows it; a width that is given must agree.
     dim: int | None = None
     # The most tokens of a caption that are read, counted by the encoder's own tokenizer.
     max_length: int = 77
     # Leave its weights as they are.
     freeze: bool = True
-    # If not frozen, its learning rate as a multiple of `train.lr`; pre-trained weights like less
-    # than 1.
+    # If not frozen, its learning rate as a multiple of `train.lr`; for pre-trained weights usually
+    # less than 1.
     lr_scale: float = 1.0
-    # The type of its weights; a trained encoder needs float32.
+    # The dtype of its weights; an encoder that is trained needs float32.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # Never ask the hub.
     local_files_only: bool = False
-    # Megabytes of memory for embeddings of captions already read (frozen encoders).
+    # Megabytes of memory for the embeddings of captions that were read (frozen encoders).
     cache_mb: int = 1024
-    # A folder that keeps embeddings in files for the next run (frozen encoders).
+    # A folder in which embeddings are kept for later runs (frozen encoders).
     cache_dir: FilePath = ""
 
     @property
@@ -95,14 +95,16 @@ class HuggingFaceConfig(TextEncoderSection):
 
 
 class HuggingFaceEncoder(TextEncoder):
-    """The encoder's last hidden states, one token per tokenizer token, end markers included.
+    """Returns the encoder's last hidden states, one token per tokenizer token, end markers
+    included.
 
-    Frozen: outside autocast and in batches of fixed shapes, so that an embedding is a function of
-    its caption alone, whatever stands beside it; and kept. Trained: one batch, padded to its
-    longest caption. Dropout is off in both cases, as a resumed run must repeat itself.
+    A frozen encoder computes outside autocast and in batches of fixed shapes, so that an embedding
+    depends on its caption alone and not on the rest of the batch; embeddings are remembered. A
+    trained one computes one batch, padded to its longest caption. Dropout is off in both cases,
+    because a resumed run must repeat itself.
     """
 
-    encoder: Any  # of the transformers library
+    encoder: Any  # a network of the transformers library
 
     def __init__(self, config: HuggingFaceConfig):
         super().__init__()
@@ -110,7 +112,7 @@ class HuggingFaceEncoder(TextEncoder):
         self.frozen = config.freeze
         self.tokenizer, self.encoder = self._open()
         self.reported = False
-        self.unsaved: OSError | None = None  # why embeddings are not kept in files
+        self.unsaved: OSError | None = None  # why embeddings cannot be written
         self.forget()
         self.requires_grad_(not self.frozen)
         self.train()
@@ -121,10 +123,11 @@ class HuggingFaceEncoder(TextEncoder):
                 f"is {config.dim}, but {config.name_or_path} gives {self.dim}; write that or leave"
                 " it out",
             )
-        self.silent = {"": torch.zeros(0, self.dim)}  # captions without tokens
+        self.silent = {"": torch.zeros(0, self.dim)}  # captions that have no tokens
 
     def is_stored(self, name: str) -> bool:
-        """Return whether checkpoints hold this entry: a frozen encoder is not copied into them."""
+        """Return whether checkpoints hold this entry of the state: a frozen encoder is not copied
+        into them."""
         return not self.frozen
 
     def _open(self) -> tuple[Any, nn.Module]:
@@ -142,10 +145,10 @@ class HuggingFaceEncoder(TextEncoder):
         return tokenizer, encoder
 
     def _prepare(self) -> int:
-        """Freeze what does not reach the tokens, and return their width."""
+        """Freeze parameters that do not influence the tokens, and return the width of these."""
         with torch.set_grad_enabled(not self.frozen):
             example = self._hidden(*self._pad(self._tokenize(["a"])))
-        # poolers and the like do not reach the tokens, and DDP would wait for their gradients
+        # poolers and the like do not influence the tokens, and DDP would wait for their gradients
         if not self.frozen:
             parameters = list(self.parameters())
             gradients = torch.autograd.grad(example.sum(), parameters, allow_unused=True)
@@ -166,16 +169,17 @@ class HuggingFaceEncoder(TextEncoder):
         return self
 
     def forget(self) -> None:
-        """Empty the memory of embeddings. Moving the module and loading a state do so by
-        themselves."""
+        """Forget the embeddings in memory. This happens by itself when the module is moved or a
+        state is loaded."""
         self._recent = RecentEmbeddings(self.config.cache_mb * 2**20)
         self._stored: StoredEmbeddings | None = None
 
     def stored(self) -> StoredEmbeddings | None:
-        """Return where embeddings are kept between runs, if they are."""
+        """Return the folder of embeddings that is kept between runs; None if the config names
+        none."""
         if self._stored is None and self.config.cache_dir:
-            self._tokenize(["a"])  # the key says how it cuts, which it may have forgotten
-            # a batch's shape decides its rounding
+            self._tokenize(["a"])  # sets the truncation, which enters the key
+            # the shape of a batch influences rounding
             settings = (self.config.max_length, GROUP, LENGTH_STEP)
             key = encoder_key(self.encoder, self.tokenizer, *settings)
             of_network = network_settings(self.config.name_or_path, self.config.local_files_only)
@@ -192,8 +196,8 @@ class HuggingFaceEncoder(TextEncoder):
         super()._load_from_state_dict(*arguments)
 
     def forward(self, captions: list[str]) -> TextTokens:
-        """Return the tokens `(B, T, dim)` of the captions, float32 on this module's device; T of
-        the longest, at least 1."""
+        """Return the tokens `(B, T, dim)` of the captions, float32 on this module's device; T is
+        the length of the longest, at least 1."""
         device = self.device
         captions = [self.clean(caption) for caption in captions]
         if self.frozen:
@@ -215,8 +219,8 @@ class HuggingFaceEncoder(TextEncoder):
 
     # ── one batch ─────────────────────────────────────────────────────────────────────────────────
     def _tokenize(self, captions: list[str]) -> list[list[int]]:
-        """Return the token numbers of each caption; none for one without words, though the
-        tokenizer would add its markers."""
+        """Return the token numbers of each caption; none for an empty one, to which the tokenizer
+        would add its markers."""
         filled = [caption for caption in captions if caption]
         if not filled:
             return [[] for _ in captions]
@@ -230,7 +234,7 @@ class HuggingFaceEncoder(TextEncoder):
         return [next(remaining) if caption else [] for caption in captions]
 
     def _report_length(self, caption: str, length: int) -> None:
-        """Say once that a caption of `length` tokens is longer than what is read."""
+        """Warn, once, about a caption of `length` tokens if that is more than `max_length`."""
         if length > self.config.max_length and not self.reported:
             logger.warning(
                 "a caption has %d tokens, text_encoder.max_length is %d: the rest is not read"
@@ -242,8 +246,8 @@ class HuggingFaceEncoder(TextEncoder):
             self.reported = True
 
     def _pad(self, tokens: list[list[int]], length: int = 1) -> tuple[Tensor, Tensor]:
-        """Return numbers and attention mask `(B, T)` int64, T at least `length`. A row without
-        tokens attends to its first padding, as a softmax over nothing is no number."""
+        """Return token numbers and attention mask, both `(B, T)` int64, T at least `length`. A row
+        without tokens attends to its first padding, as a softmax over nothing gives nan."""
         length = max([length, *map(len, tokens)])
         filler = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in tokens])
@@ -290,7 +294,8 @@ class HuggingFaceEncoder(TextEncoder):
         return known
 
     def _save(self, files: StoredEmbeddings, rows: dict[str, Tensor]) -> None:
-        """Keep embeddings in files. A folder that others share may be one that can only be read."""
+        """Write embeddings to files. If the folder cannot be written to, as one that others share,
+        warn once and go on."""
         try:
             files.save(rows)
         except OSError as error:
@@ -304,8 +309,8 @@ class HuggingFaceEncoder(TextEncoder):
             )
 
     def _encode_group(self, items: list[tuple[str, list[int]]], length: int) -> dict[str, Tensor]:
-        """Encode captions of about one length, filled up to a whole group. ValueError: not
-        finite."""
+        """Return the embeddings of at most `GROUP` captions of about one length, computed in a
+        batch that is filled up to `GROUP`. ValueError if they are not finite."""
         tokens = [ids for _, ids in items]
         tokens += tokens[:1] * (GROUP - len(tokens))
         with torch.autocast(self.device.type, enabled=False):

@@ -1,11 +1,11 @@
-"""Embeddings of a frozen encoder, in memory for this run, and in files, so that a caption is
-encoded once, not once a run.
+"""Keep the embeddings of a frozen encoder, in memory for this run and in files for later ones, so
+that a caption is encoded once, not once a run.
 
-    <folder>/<key>/<hash of the caption>.safetensors   `embedding (T, dim)`, the encoder's precision
+<folder>/<key>/<hash of the caption>.safetensors   `embedding (T, dim)`, the encoder's precision
 
-The file says whose caption it is, its check sum, and by which settings of the network it was made;
-all are compared before it is used. The key is a hash of the rest on which an embedding depends:
-weights, vocabulary, `max_length`. Another encoder finds none.
+A file names its caption, its check sum, and the settings of the network that made it; all are
+compared before it is used. The key is a hash of everything else on which an embedding depends:
+weights, vocabulary, `max_length`. So another encoder has another folder.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mmdit.weights import bytes_of, tensor_pieces
 
 
 def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
-    """Return a hexadecimal hash of all on which an embedding depends, but for what the network's
-    config says beside its sizes; every weight is read once."""
+    """Return a hexadecimal hash of all on which an embedding depends, except what only the
+    network's config says, see `network_settings`. Every weight is read once."""
     digest = hashlib.sha256(f"{type(encoder).__name__} {settings}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = (
@@ -43,8 +43,9 @@ def encoder_key(encoder: nn.Module, tokenizer, *settings: object) -> str:
 
 
 def files_key(files: list[Path], folder: Path, *settings: object) -> str:
-    """Return a hash like `encoder_key`, of weight files that are not loaded. Hashing gigabytes
-    takes seconds, so `folder` remembers the hash of a file by its path, size and time."""
+    """Return a hash like `encoder_key`, for weight files that are not loaded. Hashing gigabytes
+    takes seconds, so `weights.json` in `folder` remembers the hash of each file with its path, size
+    and modification time."""
     memory, digest = folder / "weights.json", hashlib.sha256(repr(settings).encode())
     known = read_object(memory)
     for file in files:
@@ -53,7 +54,7 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
         if not isinstance(known.get(place), str):
             with file.open("rb") as stream:
                 known[place] = hashed(hashlib.sha256(), stream).hexdigest()
-            with contextlib.suppress(OSError):  # a folder that can only be read
+            with contextlib.suppress(OSError):  # the folder may be read-only
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(memory, json.dumps(known))
         digest.update(known[place].encode())
@@ -61,14 +62,14 @@ def files_key(files: list[Path], folder: Path, *settings: object) -> str:
 
 
 class RecentEmbeddings:
-    """Embeddings in memory, at most `limit` bytes: those that were asked for longest ago go."""
+    """Keeps embeddings in memory, at most `limit` bytes: the least recently used are dropped."""
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
         self.rows: OrderedDict[str, Tensor] = OrderedDict()
 
     def load(self, captions: list[str]) -> dict[str, Tensor]:
-        """Return the embeddings that are there."""
+        """Return the embeddings of those captions that are in memory."""
         return {caption: self.rows[caption] for caption in captions if caption in self.rows}
 
     def save(self, rows: dict[str, Tensor]) -> None:
@@ -83,8 +84,9 @@ class RecentEmbeddings:
 
 
 class StoredEmbeddings:
-    """Reads and writes the folder of one key. Several processes may, at once. `settings`: a hash of
-    the network's config, which earlier versions did not note: what they stored counts as ours."""
+    """Reads and writes the folder of one key; several processes may do so at once. `settings`: a
+    hash of the network's config. Earlier versions did not store it, and their files without it are
+    accepted."""
 
     def __init__(self, folder: Path, key: str, dim: int, settings: str = ""):
         self.key, self.settings = key[:32], settings
@@ -96,8 +98,8 @@ class StoredEmbeddings:
         return self.folder / f"{name}.safetensors"
 
     def load(self, captions: list[str]) -> dict[str, Tensor]:
-        """Return the embeddings that are there, whole; a damaged file, or one of another caption,
-        is as good as none and is written anew."""
+        """Return the embeddings of those captions that have an intact file. A file that is damaged,
+        or of another caption, counts as missing, and will be overwritten."""
         rows = {}
         for caption in captions:
             try:
@@ -106,14 +108,14 @@ class StoredEmbeddings:
             except (OSError, SafetensorError, KeyError):
                 continue
             fits = row.ndim == 2 and row.shape[1] == self.dim
-            # earlier versions wrote no metadata, later ones all but the settings
+            # the oldest versions wrote no metadata, later ones all but the settings
             older = {}, _metadata(caption, row)
             if fits and metadata in (*older, _metadata(caption, row, self.settings)):
                 rows[caption] = row
         return rows
 
     def save(self, rows: dict[str, Tensor]) -> None:
-        """Write embeddings. OSError: they cannot be."""
+        """Write embeddings, one file for each caption. OSError if that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for caption, row in rows.items():
             metadata = _metadata(caption, row, self.settings)
@@ -122,6 +124,6 @@ class StoredEmbeddings:
 
 
 def _metadata(caption: str, row: Tensor, settings: str = "") -> dict[str, str]:
-    """Return what a file says of itself; the caption in letters that any JSON may hold."""
+    """Return the metadata of a file; the caption in ASCII, as JSON."""
     said = {"caption": json.dumps(caption), "crc32": str(zlib.crc32(bytes_of(row)))}
     return said | ({"settings": settings} if settings else {})

@@ -1,5 +1,5 @@
-"""Encoders and tokenizers of the transformers library, opened so that neither their config nor
-their weights can run code, and that whatever is wrong with them is one sentence."""
+"""Open encoders and tokenizers of the transformers library so that neither their config nor their
+weights can run code, and whatever is wrong with them is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import nn
 from mmdit.config import ConfigError
 from mmdit.foreign import read_json
 
-# Encoder halves and text towers, by the checkpoint's model_type; what is not here goes through
-# AutoModel.
+# The class of the encoder half or text tower, by the checkpoint's model_type; other types are
+# opened with AutoModel.
 ENCODERS = {
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
@@ -32,8 +32,8 @@ ENCODERS = {
 
 
 def load_encoder(name_or_path: str, dtype: torch.dtype, local: bool) -> tuple[Any, nn.Module]:
-    """Return a tokenizer, and an encoder without any decoder; ConfigError (what, where, remedy) for
-    whatever prevents it. `local`: nothing is fetched from a hub."""
+    """Return a tokenizer, and an encoder without its decoder. ConfigError (what, where, remedy) for
+    whatever prevents this. `local`: nothing is fetched from a hub."""
     try:
         import transformers
     except ImportError as error:
@@ -71,8 +71,8 @@ def load_encoder(name_or_path: str, dtype: torch.dtype, local: bool) -> tuple[An
 
 
 def network_settings(name_or_path: str, local: bool) -> str:
-    """Return a hexadecimal hash of the config.json of an encoder, which says what its weights do
-    not: the activation, the reach of relative positions, constants of norms."""
+    """Return a hexadecimal hash of what the config.json of an encoder says and its weights do not:
+    the activation, the reach of relative positions, constants of norms."""
     from transformers import PretrainedConfig
 
     with explained("config", name_or_path, local):
@@ -82,23 +82,24 @@ def network_settings(name_or_path: str, local: bool) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
-# in a config.json, and of no effect on embeddings
+# keys of a config.json that have no effect on embeddings
 IDLE = ("transformers_version", "torch_dtype", "dtype", "architectures", "task_specific_params")
 CODE = re.compile(r"_?[a-z]+_implementation(_internal|_autoset)?")
-OURS = (None, "eager", "sdpa")  # what torch and transformers have themselves
-LAYERS, SIZE = 1024, 1 << 24  # of a network that a config describes, at most
+OURS = (None, "eager", "sdpa")  # the implementations that torch and transformers contain
+LAYERS, SIZE = 1024, 1 << 24  # the most layers, and the largest size, that a config may give
 
 
 def dtype_option(transformers: Any) -> str:
-    """Return what the option of `from_pretrained` is called that was torch_dtype before 4.56."""
+    """Return the name of the option of `from_pretrained` that was called torch_dtype before
+    4.56."""
     recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
     return "dtype" if recent else "torch_dtype"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if the config.json in `folder` chooses code to be fetched or run, or
-    describes a network that no memory holds. Weights are data, and their config is read by a
-    library that takes more from it than sizes."""
+    """Raise ValueError if the config.json in `folder` makes the library fetch or run code, or
+    describes a network that fits into no memory. Weights are mere data, but the library takes more
+    from their config than sizes."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter_config.json, which names another model to be "
@@ -127,13 +128,15 @@ def check_folder(folder: Path) -> None:
 
 
 def _refuse_quantised(settings: object, source: object) -> None:
-    """Raise ValueError for weights that another library unpacks, chosen by their config."""
+    """Raise ValueError if a config has quantisation settings: another library would have to unpack
+    the weights."""
     if settings:
         raise ValueError(f"{source} is quantised; give the float32, bfloat16 or float16 weights")
 
 
 def _attention_of(model_class: Any, network_config: Any) -> str:
-    """Return the attention to ask for by name, for else the weights' config is asked."""
+    """Return the name of the attention to ask for; without a name, the library would take the one
+    that the weights' config names."""
     mapping = getattr(model_class, "_model_mapping", {})
     with contextlib.suppress(KeyError):  # AutoModel opens another class
         model_class = mapping[type(network_config)]
@@ -141,7 +144,8 @@ def _attention_of(model_class: Any, network_config: Any) -> str:
 
 
 def _encoder_class(transformers: Any, network_config: Any) -> Any:
-    """Return the class of the encoder half, or of the whole network where it has no halves."""
+    """Return the class of the encoder half, or of the whole network if that is no encoder-decoder.
+    ValueError if no class is known."""
     model_type = network_config.model_type
     name = ENCODERS.get(model_type)
     if name is None and getattr(network_config, "is_encoder_decoder", False):
@@ -157,7 +161,8 @@ def _encoder_class(transformers: Any, network_config: Any) -> Any:
 
 
 def _check(tokenizer: Any, encoder: Any, report: dict, source: str) -> None:
-    """Raise ConfigError if files were absent, or tokenizer and encoder do not belong together."""
+    """Raise ConfigError if tensors or the tokenizer's files are absent, or if tokenizer and encoder
+    do not belong together."""
 
     def refuse(problem: str) -> ConfigError:
         return ConfigError("name_or_path", f"is {source}: {problem}")
@@ -170,7 +175,7 @@ def _check(tokenizer: Any, encoder: Any, report: dict, source: str) -> None:
         )
     words = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
     words -= set(tokenizer.all_special_tokens)
-    if len(words) < 4:  # without its files transformers 5 makes an empty one and says nothing
+    if len(words) < 4:  # without its files, transformers 5 silently makes an empty one
         raise refuse(
             f"its {type(tokenizer).__name__} knows {len(words)} words: the tokenizer's files are"
             " absent; add them, tokenizer.json for example"
@@ -184,20 +189,20 @@ def _check(tokenizer: Any, encoder: Any, report: dict, source: str) -> None:
 
 
 def most_tokens(tokenizer: Any, encoder: Any) -> int | None:
-    """Return how many tokens the encoder has places for; None: positions are relative."""
+    """Return for how many tokens the encoder has positions; None if positions are relative."""
     places = getattr(encoder.config, "max_position_embeddings", None)
     if places is None:
         return None
     for name, part in encoder.named_modules():
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-            places = part.num_embeddings - part.padding_idx - 1  # RoBERTa counts on from padding
+            places = part.num_embeddings - part.padding_idx - 1  # RoBERTa counts from padding on
     return min(places, tokenizer.model_max_length)
 
 
 @contextmanager
 def explained(part: str, source: str, local: bool) -> Iterator[None]:
-    """Raise ConfigError, in one sentence, for whatever the library raises while loading `part`: its
-    own errors, those of safetensors, of the hub client and of sentencepiece."""
+    """Turn whatever the library raises while loading `part` into a ConfigError of one sentence: its
+    own errors, and those of safetensors, the hub client and sentencepiece."""
     try:
         yield
     except Exception as error:
@@ -220,8 +225,8 @@ def explained(part: str, source: str, local: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the library: a decoder left out is what we want, not a reason for pages of
-    warnings."""
+    """Silence the library's warnings: it would write pages about the decoder, which we leave out on
+    purpose."""
     logging_module = transformers.utils.logging
     level = logging_module.get_verbosity()
     logging_module.set_verbosity_error()

@@ -36,13 +36,13 @@ from mmdit.weights import Checkpoint, Keep, fill, is_wan_release, shapes_of
 logger = logging.getLogger(__name__)
 NORMS = ("norm.weight", "encoder.final_layer_norm.weight")
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-# text in which ftfy has nothing to mend: no control characters, no HTML entities
+# Matches text that ftfy would not change: no control characters, no HTML entities.
 PLAIN = re.compile(r"[\t\n\f\r -%'-~]*")
 # beside the weights, in official and Diffusers releases
 TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", ".")
-IDLE = 32  # calls that found every caption in files, after which the loaded weights are put away
-END = 1  # the token behind every caption
-# a tied copy, the tokenizer in ComfyUI's files
+IDLE = 32  # calls in a row that did not need the weights, after which these are dropped
+END = 1  # the token at the end of every caption
+# a tied copy of the embeddings; the tokenizer in ComfyUI's files
 UNTRAINED_LAYOUT = ("encoder.embed_tokens.weight", "spiece_model")
 NAMES = {  # official → transformers, inside a block
     "norm1": "layer.0.layer_norm",
@@ -61,19 +61,20 @@ OUTSIDE = {
 
 @dataclass(frozen=True)
 class UMT5Config(HuggingFaceConfig):
-    """UMT5-XXL as Wan uses it. With `cache_dir` it is loaded only when a caption is missing there
-    (see `mmdit cache-text`)."""
+    """UMT5-XXL as Wan uses it. With `cache_dir`, the weights are loaded only when a caption has no
+    embedding there (see `mmdit cache-text`)."""
 
     # Chooses UMT5.
     type: Literal["umt5"] = "umt5"
     # The most tokens of a caption that are read; Wan was trained with 512.
     max_length: int = 512
-    # The type of its weights.
+    # The dtype of its weights.
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    # The folder of tokenizer.json or spiece.model; empty: looked for beside the weights.
+    # The folder of tokenizer.json or spiece.model; if empty, they are searched for beside the
+    # weights.
     tokenizer_path: FilePath = ""
-    # With `freeze: false`, so many blocks from the top are trained, and the last norm; 0 trains
-    # everything.
+    # With `freeze: false`, how many blocks from the top are trained, together with the last norm; 0
+    # trains everything.
     train_blocks: int = 0
 
     def __post_init__(self):
@@ -87,8 +88,8 @@ class UMT5Config(HuggingFaceConfig):
 
 
 class UMT5Encoder(HuggingFaceEncoder):
-    """As `HuggingFaceEncoder`, with an empty caption a text of one token, which is what a dropped
-    caption becomes."""
+    """A `HuggingFaceEncoder` for which an empty caption is a text of one token; a dropped caption
+    becomes that text."""
 
     config: UMT5Config
     place: Tensor
@@ -101,7 +102,7 @@ class UMT5Encoder(HuggingFaceEncoder):
         self.idle = 0  # calls since the weights were last needed
         self.register_buffer(
             "place", torch.empty(0), persistent=False
-        )  # knows the device while the encoder is not loaded
+        )  # tells the device while the encoder is not loaded
 
     def _open(self) -> tuple[Callable, nn.Module]:
         config = self.config
@@ -152,7 +153,8 @@ class UMT5Encoder(HuggingFaceEncoder):
         return bool(self.config.cache_dir)
 
     def is_stored(self, name: str) -> bool:
-        """Return whether checkpoints hold this entry: of `train_blocks` what the run may train."""
+        """Return whether checkpoints hold this entry of the state: with `train_blocks`, only what
+        the run trains."""
         return name in self.train_names if self.config.train_blocks else super().is_stored(name)
 
     def put_away(self) -> None:
@@ -163,7 +165,8 @@ class UMT5Encoder(HuggingFaceEncoder):
             self.encoder = nn.Identity()
 
     def stored(self) -> StoredEmbeddings | None:
-        """Return where embeddings are kept between runs, if they are."""
+        """Return the folder of embeddings that is kept between runs; None if the config names
+        none."""
         config = self.config
         if self._stored is None and config.cache_dir:
             folder = expanded(config.cache_dir)
@@ -192,8 +195,8 @@ class UMT5Encoder(HuggingFaceEncoder):
         return self.encoder.config.d_model
 
     def clean(self, caption: str) -> str:
-        """Clean a caption as the official code does: broken Unicode mended, HTML entities read
-        twice, white space collapsed."""
+        """Return a caption, cleaned as in the official code: broken Unicode repaired, HTML entities
+        decoded twice, white space collapsed."""
         if not PLAIN.fullmatch(caption):
             try:
                 import ftfy
@@ -233,7 +236,8 @@ def _locate(path: Path) -> Path:
 
 
 def transformers_name(name: str) -> str:
-    """Return the name in `UMT5EncoderModel` of an official parameter; any other name stays."""
+    """Return the name in `UMT5EncoderModel` of a parameter with an official name; other names stay
+    as they are."""
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name):
         return f"encoder.block.{match[1]}.{NAMES.get(match[2], match[2])}.weight"
     return OUTSIDE.get(name, name)
@@ -255,7 +259,7 @@ def _load(
         second = "encoder.block.1.layer.0."
         bias = f"{second}SelfAttention.relative_attention_bias.weight"
         if f"{second}layer_norm.weight" in shapes and bias not in shapes:
-            raise KeyError(bias)  # T5 shares that of block 0
+            raise KeyError(bias)  # T5 shares the bias of block 0
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{place} is no UMT5 encoder: {error} is missing among its {len(shapes)} tensors"
@@ -291,7 +295,7 @@ def _tokenizer(
     folder: Path | None, place: Path, stored: Checkpoint
 ) -> tuple[Callable[[list[str]], list[list[int]]], str]:
     """Return the function from captions to token numbers without markers, and a hash of the
-    vocabulary. ValueError: none there, or of another vocabulary."""
+    vocabulary. ValueError if there is no tokenizer, or one with another vocabulary."""
     root = place.parent if place.is_file() or place.name == "text_encoder" else place
     folders = [folder] if folder else [root / name for name in TOKENIZER_FOLDERS]
     files = [folder / name for name in ("tokenizer.json", "spiece.model") for folder in folders]

@@ -17,21 +17,20 @@ from mmdit.nn.position import rotary_tables
 
 logger = logging.getLogger(__name__)
 
-_UNSPACED = (  # kana and Han are written without spaces: each sign is a word
+_UNSPACED = (  # scripts without spaces (kana, Han): each sign is a word
     "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 )
 _PARTS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
 PLACE_BASE = 100.0
 MOST_WORDS = 65_536  # of a caption
-MEMORY = 1 << 16  # distinct words kept; a larger language costs time, not memory
+MEMORY = 1 << 16  # distinct words kept; beyond that all are forgotten and read anew
 
 
 def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
     """Split text without spaces into (opening punctuation, words, closing punctuation): `("` ·
-    `red` · `,`. Lower case; composed Unicode, so that é is one letter however it was typed.
-    Punctuation inside a word stays: `left-moving`, `don't`, `3.5`.
-    """
-    # half of a surrogate pair, as broken JSON has, becomes "?"
+    `red` · `,`. Words are lower case and composed Unicode, so that é is one letter however it was
+    typed. Punctuation inside a word stays: `left-moving`, `don't`, `3.5`."""
+    # half of a surrogate pair, which broken JSON can hold, becomes "?"
     chunk = chunk.encode("utf-8", "replace").decode()
     chunk = unicodedata.normalize("NFC", chunk.lower())
     first, last = 0, len(chunk)
@@ -43,23 +42,23 @@ def split_words(chunk: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def place_table(max_length: int, dim: int) -> Tensor:
-    """Return sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017), the slowest
-    turning by a radian in 100 words."""
+    """Return sinusoids `(max_length, dim)` of a word's place (Vaswani et al. 2017); the slowest
+    turns by a radian in 100 words."""
     tables = rotary_tables(torch.arange(max_length)[:, None], dim, PLACE_BASE)
     return torch.cat(tables, dim=-1).float()
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a new tensor to `device` without waiting for the work queued there, as a copy from
-    pageable memory would."""
+    """Copy a new tensor to `device` without waiting for the work that is queued there; a copy from
+    pageable memory would wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class WordRows:
-    """Captions to padded positions in a small table of this batch's distinct words. `split` gives
-    the words of a piece of text without spaces, `describe` the rows `(n, width)` of n new words.
-    Words and captions are asked once and remembered: in small networks, reading 2,048 captions anew
-    would take longer than the GPU's step."""
+    """Turns captions into indices into a small table of the distinct words of a batch. `split`
+    returns the words of a piece of text without spaces, `describe` the rows `(n, width)` of n new
+    words. Both are called once per text, and captions are remembered: in small networks, reading
+    2,048 captions anew would take longer than the GPU's step."""
 
     def __init__(
         self,
@@ -78,10 +77,9 @@ class WordRows:
         self.rows = self.describe([])
 
     def __call__(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `rows (U, width)` of the distinct words in the order of the text, `index (B, T)`
-        into them, `valid (B, T)` bool, on `device`. T is the longest caption of the batch, at least
-        1; `index` is 0 and U at least 1 where nothing is valid.
-        """
+        """Return `rows (U, width)` of the distinct words in order of appearance, `index (B, T)`
+        into them, and `valid (B, T)` bool, all on `device`. T is the length of the longest caption
+        of the batch, at least 1. Where nothing is valid, `index` is 0, and U is at least 1."""
         if max(len(self.numbers), len(self.chunks)) > MEMORY:
             self.forget()
         elif len(self.captions) > MEMORY:
@@ -91,14 +89,14 @@ class WordRows:
         numbers = [self.captions[caption] for caption in captions]
         lengths = np.fromiter(map(len, numbers), np.int64, len(numbers))
         flat = np.concatenate([*numbers, np.empty(0, np.int64)])
-        first = np.full(len(self.numbers), -1)  # where each word stands first in this batch
-        # of several numbers for one place the last is kept
+        first = np.full(len(self.numbers), -1)  # where each word first occurs in this batch
+        # if an index occurs several times, numpy keeps the last value
         first[flat[::-1]] = np.arange(len(flat))[::-1]
         distinct = np.flatnonzero(first >= 0)
         distinct = distinct[first[distinct].argsort()]
         first[distinct] = np.arange(len(distinct))
         valid = np.arange(lengths.max(initial=1)) < lengths[:, None]
-        # numpy: torch wakes all its threads for an indexed write
+        # numpy, because torch wakes all its threads for an indexed write
         index = np.zeros(valid.shape, dtype=np.int64)
         index[valid] = first[flat]
         rows = self.rows[torch.from_numpy(distinct)]

@@ -1,12 +1,12 @@
-"""A trained model of ours as a pipeline of Diffusers: what `mmdit export --layout
-diffusers_pipeline` writes, and what opens it again.
+"""A trained model of ours as a pipeline of Diffusers: writing one for `mmdit export --layout
+diffusers_pipeline`, and opening it again.
 
     model_index.json    the classes of the parts, the size that is drawn by default
     pipeline.py         the code that Diffusers runs if it is trusted: it imports this module
     LICENSE             of that code
     transformer/        weights as safetensors, config.json: the network
     text_encoder/       likewise: the captions' encoder
-    vae/                likewise: the tokenizer, whose weights are in float32 always
+    vae/                likewise: the tokenizer, whose weights are always float32
     scheduler/          scheduler_config.json: objective, solver, guidance
 
 Diffusers asks each part for its code in its own folder, therefore the code lies in all of them.

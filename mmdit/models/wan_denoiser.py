@@ -40,9 +40,11 @@ class WanModelConfig(ModelSection):
     # The share of training steps on clips in which the first latent frame is given clean (TI2V-5B).
     first_frame: float = 0.0
     # The type in which weights are stored; less than float32 only for weights that adapters leave
-    # frozen. With float8, int8 and nf4 only the matrices of the blocks have fewer bits, and the
-    # rest is bfloat16. float8: one scale a row, or those of an fp8_scaled file; int8: as large,
-    # with one scale a row; nf4: 4.5 bits a weight, 16 quantiles with a scale for each 64 weights.
+    # frozen. Norms, modulation, head and the embeddings of time, patches and CLIP states stay in
+    # float32. With float8, int8 and nf4 only the matrices of the blocks have fewer bits, and the
+    # rest is as with bfloat16. float8: one scale a row, or those of an fp8_scaled file; int8: as
+    # large, with one scale a row; nf4: 4.5 bits a weight, 16 quantiles with a scale for each 64
+    # weights.
     dtype: Literal["float32", "bfloat16", "float8", "int8", "nf4"] = "float32"
     # The type of the blocks' matrix products in training: that of `train.precision`, or float8,
     # which multiplies the codes of `dtype: float8` by codes of the input and of the gradient (GPUs

@@ -131,7 +131,7 @@ class SpatialAttention(Attention):
     within whole frames; never to padding."""
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
-        """`x (b, f, n, k, h·d)` → the same shape."""
+        """Map `x (b, f, n, k, h·d)` to the same shape."""
         b, f = x.shape[:2]
         if places.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(0, 1).flatten(1, 2), places.tiles)).view_as(x)

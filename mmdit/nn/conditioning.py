@@ -45,9 +45,9 @@ class TimeEmbedding(nn.Module):
 
 
 class CropEmbedding(nn.Module):
-    """Which part of its picture a sample shows, `(b, 4)` left, top, right, bottom as shares → `(b,
-    dim)`: the conditioning on crop coordinates of SDXL (Podell et al. 2023, section 2.2). Zero
-    before training, for any crop.
+    """Embeds which part of its picture a sample shows, `(b, 4)` left, top, right, bottom as shares,
+    as `(b, dim)`: the conditioning on crop coordinates of SDXL (Podell et al. 2023, section 2.2).
+    Zero before training, for any crop.
     """
 
     frequencies = 8  # half periods, from the whole picture down to 1/128 of it

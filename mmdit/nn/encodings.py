@@ -59,7 +59,7 @@ QUANTILES = (
 
 def encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes `(out, in / 2)` and scales `(out, in / 64)`, rounded up: the last block of a row
-    may be shorter. ValueError: the number of columns is odd."""
+    may be shorter. ValueError if the number of columns is odd."""
     columns = weight.shape[1]
     if columns % 2:
         raise ValueError(f"nf4 puts two columns into a byte, but a matrix has {columns} columns")

@@ -62,14 +62,14 @@ class WindowGrid:
         return (self.height // 2 if down > 1 else 0), (self.width // 2 if across > 1 else 0)
 
     def partition(self, x: Tensor, padding: float = 0) -> Tensor:
-        """`(b, f, r, c, d)` → `(b, f, n, k, d)`."""
+        """Divide `(b, f, r, c, d)` into windows `(b, f, n, k, d)`."""
         down, across = self.counts
         extra = (0, 0, 0, across * self.width - self.columns, 0, down * self.height - self.rows)
         x = F.pad(x, extra, value=padding) if any(extra) else x
         return rearrange(x, "b f (r i) (c j) d -> b f (r c) (i j) d", i=self.height, j=self.width)
 
     def merge(self, x: Tensor) -> Tensor:
-        """`(b, f, n, k, d)` → `(b, f, r, c, d)`, padding removed."""
+        """Join windows `(b, f, n, k, d)` to `(b, f, r, c, d)`, padding removed."""
         x = rearrange(x, "b f (r c) (i j) d -> b f (r i) (c j) d", r=self.counts[0], i=self.height)
         return x[:, :, : self.rows, : self.columns]
 

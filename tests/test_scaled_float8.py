@@ -13,6 +13,7 @@ from mmdit.adapters import LoRAConfig, inject
 from mmdit.interfaces import LatentSpec
 from mmdit.interop.inspection import inspect_weights
 from mmdit.interop.wan_weights import load_denoiser, load_dit, save_dit
+from mmdit.interop.weights_in_files import unpack_weights
 from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.text_encoders import build_text_encoder
@@ -84,6 +85,19 @@ def test_float8_keeps_the_codes_of_the_file(tmp_path, rows):
         assert torch.equal(weights[name].codes.float(), stored[PREFIX + name].float())
         assert torch.equal(weights[name].whole(), values[name].bfloat16())
         assert not weights[name].requires_grad
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_float8_keeps_the_codes_of_a_file_without_scales(tmp_path, in_file):
+    path, values = tmp_path / "x.safetensors", dict(random_model(ONE_HEAD).state_dict())
+    for name, value in values.items():
+        if name.startswith("blocks.") and value.ndim == 2:
+            values[name] = value.to(torch.float8_e4m3fn)
+    save_file(values, path)
+    model = load_dit(path, torch.bfloat16, encoding="float8", in_file=in_file)
+    unpack_weights(model)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, values[name].to(weight.dtype)), name
 
 
 def test_an_adapter_on_codes_is_that_on_the_weights_they_stand_for(tmp_path):

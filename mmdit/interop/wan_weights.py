@@ -279,8 +279,8 @@ def load_dit(
     """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
     modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
     are read one by one into a model that has no memory before. `encoding`: the matrices of the
-    blocks are kept in it, to be frozen; those that the file holds as float8 with a scale stay as
-    they are for float8. `in_file`: all weights stay in their files, to be read by `unpack_weights`
+    blocks are kept in it, to be frozen; those that the file holds as float8, with a scale or
+    without, stay as they are for float8. `in_file`: all weights stay in their files, to be read by `unpack_weights`
     before anything is computed.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
@@ -296,6 +296,8 @@ def load_dit(
     def kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         matrix = name.startswith("blocks.") and tensor.ndim == 2
         bits = ENCODINGS[encoding] if encoding and matrix else None
+        if bits is ENCODINGS["float8"] and tensor.dtype == bits.dtype:  # codes without a scale
+            tensor = StoredWeight(tensor, torch.ones(len(tensor), 1), dtype)
         if in_file:
             return left_in_file(tensor, dtype, bits)
         if bits is None or isinstance(tensor, StoredWeight):

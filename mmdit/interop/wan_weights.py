@@ -280,8 +280,8 @@ def load_dit(
     modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
     are read one by one into a model that has no memory before. `encoding`: the matrices of the
     blocks are kept in it, to be frozen; those that the file holds as float8, with a scale or
-    without, stay as they are for float8. `in_file`: all weights stay in their files, to be read by `unpack_weights`
-    before anything is computed.
+    without, stay as they are for float8. `in_file`: all weights stay in their files, to be read by
+    `unpack_weights` before anything is computed.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,

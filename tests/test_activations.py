@@ -57,7 +57,7 @@ class Late(Channel):
 @pytest.fixture
 def late(monkeypatch):
     channels = cache(Late)
-    monkeypatch.setattr(activations, "leaves", lambda x: True)
+    monkeypatch.setattr(activations, "can_offload", lambda x: True)
     monkeypatch.setattr(activations, "channel", channels)
     return channels(torch.device("cpu"))
 

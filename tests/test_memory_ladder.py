@@ -52,7 +52,7 @@ from mmdit.training.distributed import World
 from mmdit.training.learner import Learner
 from mmdit.training.memory import offload
 from mmdit.training.memory.offload import Streamer, move_to_device, slot_bytes
-from mmdit.training.step_report import Window
+from mmdit.training.step_report import ReportWindow
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
@@ -460,8 +460,8 @@ def test_a_plan_is_what_a_step_takes(words, tmp_path, monkeypatch):
     gc.collect()
     with Meter() as meter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            trainer.optimizer_step(learner, [batch], 1e-3, Window(torch.device("cpu")))
-        trainer.optimizer_step(learner, [batch], 1e-3, Window(torch.device("cpu")))
+            trainer.optimizer_step(learner, [batch], 1e-3, ReportWindow(torch.device("cpu")))
+        trainer.optimizer_step(learner, [batch], 1e-3, ReportWindow(torch.device("cpu")))
     assert found.weights == sum(map(stored_bytes, learner.parameters()))
     assert found.gradients == sum(gradients.values())
     assert found.ema == sum(

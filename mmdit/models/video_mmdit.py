@@ -29,7 +29,7 @@ from mmdit.nn.conditioning import (
     PreparedText,
     TextContext,
     TimeEmbedding,
-    in_turn,
+    repeated_to_batch,
 )
 from mmdit.nn.context_parallel import Share
 from mmdit.nn.feedforward import GELU, SwiGLU
@@ -398,7 +398,7 @@ class VideoMMDiT(Denoiser):
                     "crop is given, but the model was built without; set model.crop: true"
                 )
             if self.low_resolution is not None and small_t is not None:
-                time = time + in_turn(self.low_resolution.level(small_t), x)
+                time = time + repeated_to_batch(self.low_resolution.level(small_t), x)
             where = self._where(x, grid, place, exact)
         read = text if isinstance(text, PreparedText) else self._read(text)
         with torch.autocast(x.device.type, enabled=False):
@@ -416,7 +416,7 @@ class VideoMMDiT(Denoiser):
         h = self.input(grid.partition(x.to(self.input.weight.dtype))) + where
         if self.low_resolution is not None and small is not None:
             clip = self.low_resolution.clip(grid.partition(small.to(self.input.weight.dtype)))
-            h = h + in_turn(clip, x)
+            h = h + repeated_to_batch(clip, x)
         h = h.to(working_dtype(h)) if self.config.residual == "autocast" else h
         _, seen = add_norm(
             *self._run_blocks(h, grid, exact, keep, modulation, read, share),
@@ -440,7 +440,7 @@ class VideoMMDiT(Denoiser):
         where = where + self.frame(frames, step, first)[..., None, None, :]
         if self.joint_position is not None:
             where = where + self.joint_position(at, frames, step, first)
-        return where if place is None else in_turn(where, x)
+        return where if place is None else repeated_to_batch(where, x)
 
     def _run_blocks(
         self,

@@ -56,7 +56,7 @@ class Activations:
         return self.every > 0 and index % self.every == 0
 
     def of_block(self, block: nn.Module, x: Tensor) -> AbstractContextManager[object]:
-        if not self.offload or not leaves(x):
+        if not self.offload or not can_offload(x):
             return nullcontext()
         if self.newest is not None and self.newest.before is not None:
             self.newest.before.let_go()
@@ -76,7 +76,7 @@ def checkpointing_options(checkpointing: bool, offload: bool) -> list[str]:
     return options if offload else [*options, "model.offload_activations=true"]
 
 
-def leaves(x: Tensor) -> bool:
+def can_offload(x: Tensor) -> bool:
     """Return whether `x` may be offloaded: it lies in the memory of a GPU."""
     return x.is_cuda
 

@@ -107,15 +107,17 @@ class Attention(HeadedAttention):
         qkv, gains = self.side_by_side(x), gains_of(self.q_norm, self.k_norm)
         return kernels.attention.group_attention(qkv, gains, *tiles, self.num_heads)
 
-    def own_heads(self, x: Tensor, rotary: Rotary | None, first: int) -> list[Tensor]:
+    def self_attention_heads(
+        self, x: Tensor, rotary: Rotary | None, token_axis: int
+    ) -> list[Tensor]:
         """Return `heads(x, x, rotary)` for `x (…, h·d)`, computed by one kernel where it can run.
-        The axes of `x` from `first` on, but for the last, number the tokens of a group. They are
+        The axes of `x` from `token_axis` to the last but one number the tokens of a group. They are
         cut into as many equal runs as `rotary` has rows, and the tokens of a run share its row."""
         if not self.fuses(x):
             return list(self.heads(x, x, rotary))
         turns = [] if rotary is None else [table.flatten(0, -2) for table in rotary]
         parts = kernels.heads.split_heads(
-            self.side_by_side(x.flatten(first, -2)),
+            self.side_by_side(x.flatten(token_axis, -2)),
             gains_of(self.q_norm, self.k_norm),
             turns,
             self.num_heads,
@@ -136,7 +138,7 @@ class SpatialAttention(Attention):
         if places.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(0, 1).flatten(1, 2), places.tiles)).view_as(x)
         x = gather(x, places)
-        parts = self.own_heads(x, places.rotary, 3)
+        parts = self.self_attention_heads(x, places.rotary, 3)
         if places.same is None:
             q, k, v = (rearrange(z, "b f g m h d -> (b f g) h m d") for z in parts)
             x = rearrange(attend(q, k, v), "(b f g) h m d -> b f g m (h d)", b=b, f=f)
@@ -166,7 +168,7 @@ class TemporalAttention(Attention):
         n, k = x.shape[2:4]
         if frames.tiles is not None and self.fuses(x):
             return self.output(self.grouped(x.flatten(1, 3), frames.tiles)).view_as(x)
-        parts = self.own_heads(x, frames.rotary, 1)
+        parts = self.self_attention_heads(x, frames.rotary, 1)
         # Places count as further heads, so that tokens are read in the layout they have, without a
         # copy.
         parts = [rearrange(z, "b f n k h d -> b (n k h) f d") for z in parts]

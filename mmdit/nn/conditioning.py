@@ -137,7 +137,7 @@ class PreparedText:
     pooled: Tensor | int
 
 
-def in_turn(rows: Tensor, x: Tensor) -> Tensor:
+def repeated_to_batch(rows: Tensor, x: Tensor) -> Tensor:
     """Return `rows (n, …)` repeated to the number of samples of `x (b, …)`: guidance puts each
     sample into a batch twice."""
     return rows.repeat(len(x) // len(rows), *[1] * (rows.ndim - 1))

@@ -94,15 +94,14 @@ class Experts(Denoiser):
         """Return new name → old name for the tensors `stored` of one network: under its new names a
         tensor belongs to each of the experts that have it. Names without `prefix`, or that no
         expert has, stay as they are."""
-        names, result = self.state_dict().keys(), {}
+        names = self.state_dict().keys()
+        result: dict[str, str] = {}
         for name in stored:
-            inner = name.removeprefix(prefix)
-            places = [f"{expert}.{inner}" for expert in self.names]
-            places = [place for place in places if name != inner and place in names]
-            for place in places:
-                result[prefix + place] = name
-            if not places:
-                result[name] = name
+            places = [f"{expert}.{name.removeprefix(prefix)}" for expert in self.names]
+            new = [prefix + place for place in places if place in names]
+            if not new or not name.startswith(prefix):
+                new = [name]
+            result |= dict.fromkeys(new, name)
         return result
 
     # ── the contract: answers of both networks together, or of the first where they agree ─────────

@@ -43,7 +43,7 @@ class TakenStep(NamedTuple):
     sound: Tensor  # (n,): their cached latents are finite
 
 
-class Window:
+class ReportWindow:
     """The steps since the last report: tensors on the device, so that no step waits for them.
     `flops`: operations of this rank."""
 
@@ -230,13 +230,13 @@ class Reporter:
         self.not_finite = 0  # losses of this rank that were not finite
         self.slow: int | None = None  # the rank that was last reported as slow
 
-    def observe(self, window: Window) -> None:
+    def observe(self, window: ReportWindow) -> None:
         """Add the steps of `window` that were not read yet to the monitor. This waits for the
         device, which steps do not; every rank must call."""
         for facts in window.read(self.world):
             self.monitor.add(facts)
 
-    def read(self, state, window: Window) -> dict:
+    def read(self, state, window: ReportWindow) -> dict:
         """Return the record of metrics of the steps in `window`; every rank must call."""
         self.observe(window)
         facts, step = window.steps, state.step
@@ -288,7 +288,7 @@ class Reporter:
             )
         self.slow = slow
 
-    def write(self, values: dict, window: Window) -> None:
+    def write(self, values: dict, window: ReportWindow) -> None:
         """Write a record of metrics. StepsSkipped if too many steps had no finite loss or
         gradient."""
         step, skipped = values["step"], values["skipped"]
@@ -337,7 +337,7 @@ class Reporter:
             " its GPU may be at fault; leave that one out"
         )
 
-    def _record_skipped(self, last_step: int, window: Window) -> None:
+    def _record_skipped(self, last_step: int, window: ReportWindow) -> None:
         """Write a line for each skipped step, into a file for each rank, because ranks have
         different items. If no rank has an id in `non_finite_loss`, the gradient alone overflowed.
         `step` counts the steps finished before it."""

@@ -24,7 +24,7 @@ from mmdit.training.metrics import Timer
 from mmdit.training.optim import clip_and_guard
 from mmdit.training.parallel import ParallelConfig, accumulating, wrap
 from mmdit.training.saving import BackgroundSaves
-from mmdit.training.step_report import Reporter, TakenStep, Window
+from mmdit.training.step_report import Reporter, ReportWindow, TakenStep
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
@@ -91,7 +91,7 @@ class Trainer:
         reporter = Reporter(
             config, self.seed, world, self.run_dir, state.step, state.monitor, self.tracker
         )
-        window = Window(world.device)
+        window = ReportWindow(world.device)
         watch = Watch(world, config.timeout_minutes, self.run_dir)
         state.learner.train()
         self.saved = state.step
@@ -121,7 +121,7 @@ class Trainer:
                         watch.at(state.step, "validation")
                         values |= self._untimed(reporter.timer, self.validate)
                     reporter.write(values, window)
-                    window = Window(world.device)
+                    window = ReportWindow(world.device)
                 if self._is_due(config.save_every_steps, last):
                     watch.at(state.step, "saving")
                     if self.background:
@@ -139,7 +139,7 @@ class Trainer:
             world.print(f"stopped on request at step {state.step}; continue with --resume")
         return state.step >= config.max_steps
 
-    def _advance(self, reporter: Reporter, window: Window) -> None:
+    def _advance(self, reporter: Reporter, window: ReportWindow) -> None:
         """Count the step that was taken, and update what depends on the weights: averages and
         alphas."""
         state = self.state
@@ -198,7 +198,7 @@ class Trainer:
         return values or {}
 
     def optimizer_step(
-        self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: Window
+        self, wrapped: nn.Module, micro_batches: list[Batch], lr: float, window: ReportWindow
     ) -> None:
         """Take one optimizer step over this rank's micro-batches. Gradients are means over the
         global batch."""

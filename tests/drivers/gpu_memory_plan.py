@@ -33,7 +33,7 @@ from mmdit.interfaces import Batch, LatentSpec
 from mmdit.nn import kernels
 from mmdit.training.distributed import World
 from mmdit.training.memory.offload import move_to_device
-from mmdit.training.step_report import Window
+from mmdit.training.step_report import ReportWindow
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 
@@ -155,7 +155,7 @@ def stepping(
     )
 
     def step() -> float:
-        window = Window(device)
+        window = ReportWindow(device)
         trainer.optimizer_step(learner, [batch], config.train.lr, window)
         state.step += 1
         if state.ema:

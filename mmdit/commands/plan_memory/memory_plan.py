@@ -199,7 +199,7 @@ def without_memory():
             patch(kernels, "can_encode", lambda x: x.dtype == torch.bfloat16)
             for name, path in kernels.MODULES.items():
                 patch(kernels, name, importlib.import_module(path))
-        patch(activations, "leaves", lambda x: True)
+        patch(activations, "can_offload", lambda x: True)
         patch(page_locked, "host_memory", host_memory)
         patch(activations, "channel", functools.cache(activations.Channel))
         patch(torch, "unique", unique)

@@ -45,7 +45,7 @@ class JointBlock(nn.Module):
 
     def read(self, x: Tensor, text, valid: Tensor, places: Places) -> Tensor:
         texts = text if isinstance(text, tuple) else self.cross.keys_values(text)
-        parts = self.spatial.own_heads(x, places.rotary, 3)
+        parts = self.spatial.self_attention_heads(x, places.rotary, 3)
         q, *pictures = (rearrange(part, "b 1 1 k h d -> b h k d") for part in parts)
         texts = [rearrange(part, "b t (h d) -> b h t d", h=q.shape[1]) for part in texts]
         k, v = (torch.cat(pair, 2) for pair in zip(pictures, texts))

@@ -1,2 +1,2 @@
-"""Reward post-training: dynamics, storage, advantages and losses, checked against closed forms;
-three short loops."""
+"""Reward post-training: dynamics, storage, advantages and losses, all checked against closed forms,
+and three short training loops."""

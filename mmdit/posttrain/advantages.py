@@ -1,5 +1,5 @@
-"""From rewards to advantages within groups of one prompt, and the arithmetic of groups, ranks and
-micro-batches."""
+"""Turn rewards into advantages within groups of samples of one prompt, and check how groups, ranks
+and micro-batches divide."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 
-# of a standard deviation: less among rewards, most of which reach from 0 to 1, is rounding
+# A smaller standard deviation is taken for rounding; most rewards range from 0 to 1.
 FLOOR = 1e-4
 
 
 def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the group of every sample, `(N,)` float64. ValueError
-    for a group of one."""
+    """Return, for every sample, the mean and the standard deviation of its group, each `(N,)`
+    float64. ValueError for a group of one."""
     _, group, count = torch.unique(groups, return_inverse=True, return_counts=True)
 
     def mean_of(values: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def added(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum of one or several tensors."""
+    """Return the sum of one or more tensors."""
     return sum(parts[1:], start=parts[0])
 
 
@@ -46,12 +46,14 @@ def advantages(
     std: Literal["global", "group"] = "global",
     clip: float = 5.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return `(N,)` float64 on the CPU for the samples of a whole epoch, and numbers to report.
+    """Return the advantages `(N,)` of the samples of a whole epoch, float64 on the CPU, and numbers
+    to report.
 
-    `sum` (Flow-GRPO): the weighted rewards less their group's mean, over the deviation of the epoch
-    or of the group. `gdpo` (2601.05242): every reward standardised within its group, weighted, and
-    the sum standardised over the epoch, so that no reward wins by its scale. Groups whose rewards
-    are equal, or differ by less than rounding may make them, get 0; their share is reported.
+    `sum` (Flow-GRPO): the weighted sum of the rewards less its mean over the group, divided by its
+    deviation over the epoch or over the group. `gdpo` (2601.05242): every reward is standardised
+    within its group and weighted, and their sum is standardised over the epoch, so that no reward
+    dominates by its scale. Groups whose rewards are equal, or differ by no more than rounding, get
+    0; their share is reported.
     """
     floor = FLOOR * max(1e-9, *(abs(weight) for weight in weights.values()))
     total = added([weights[name] * value.double() for name, value in rewards.items()])
@@ -77,14 +79,14 @@ def advantages(
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Return mean ranks in [0, 1], ties alike, for a groupwise reward of places instead of
-    values."""
+    """Return mean ranks in [0, 1], the same for equal values: for groupwise rewards that count
+    ranks instead of values."""
     below = (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
     return below / max(len(values) - 1, 1)
 
 
 def check_shares(prompts: int, processes: int) -> None:
-    """Raise ConfigError where the processes would not have equally many prompts."""
+    """Raise ConfigError unless all processes get equally many prompts."""
     if prompts % processes:
         raise ConfigError(
             "posttrain.prompts_per_epoch",
@@ -93,8 +95,8 @@ def check_shares(prompts: int, processes: int) -> None:
 
 
 def check_geometry(prompts: int, group: int, processes: int, micro_batch: int, updates: int) -> int:
-    """Return how many micro-batches a rank has in an epoch; whole groups stay on one rank.
-    ConfigError says what does not divide."""
+    """Return the number of micro-batches of one rank in an epoch; whole groups stay on one rank.
+    ConfigError names the count that does not divide."""
     check_shares(prompts, processes)
     samples = prompts * group // processes
     if samples % micro_batch:

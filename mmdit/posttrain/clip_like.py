@@ -15,7 +15,7 @@ from mmdit.posttrain.rewards import Reward, Samples, given
 
 @dataclass(frozen=True)
 class ClipLike(Reward):
-    """The similarity of picture and caption by a network that is built as CLIP."""
+    """The similarity of picture and caption by a network with CLIP's architecture."""
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     # The folder of a CLIP in the transformers layout.
@@ -44,8 +44,8 @@ class ClipLike(Reward):
 
 @dataclass(frozen=True)
 class ClipReward(ClipLike):
-    """The similarity of picture and caption by CLIP, from a folder, as a reward or as the scorer of
-    SRPO."""
+    """The similarity of picture and caption by a CLIP from a folder, as a reward or as the scorer
+    of SRPO."""
 
     # Chooses this reward.
     type: Literal["clip"] = "clip"
@@ -53,7 +53,7 @@ class ClipReward(ClipLike):
 
 @dataclass(frozen=True)
 class PickScore(ClipLike):
-    """PickScore, from a folder, as a reward or as the scorer of SRPO."""
+    """The score of a PickScore network from a folder, as a reward or as the scorer of SRPO."""
 
     # Chooses this reward.
     type: Literal["pickscore"] = "pickscore"
@@ -61,8 +61,8 @@ class PickScore(ClipLike):
 
 @dataclass(frozen=True)
 class HPS(ClipLike):
-    """HPS v2, from the folder of the CLIP ViT-H and its own weights, as a reward or as the scorer
-    of SRPO."""
+    """The score of HPS v2, from the folder of the CLIP ViT-H and its own weights, as a reward or as
+    the scorer of SRPO."""
 
     # Chooses this reward.
     type: Literal["hps"] = "hps"

@@ -1,7 +1,6 @@
 """Direct-Align and the semantic relative reward of SRPO (Shen et al. 2509.06942): a clean image and
-a bounded gradient from one network call at any noise level. All but that call is float32: in
-bfloat16 the recovery is wrong by 0.4 a latent value.
-"""
+a bounded gradient from one network call at any noise level. All arithmetic but that call is
+float32: in bfloat16 the recovered latents are wrong by 0.4 a value."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mmdit.config import ConfigError
 
-# pixels (B, F, 3, H, W) and texts to similarities (B,) in [-1, 1]
+# Maps pixels (B, F, 3, H, W) and texts to similarities (B,) in [-1, 1].
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
 
@@ -25,10 +24,9 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
 
 def recover(x: Tensor, velocity: Tensor, noise: Tensor, entered: float, landed: float) -> Tensor:
-    """Return the clean latents that one step from `entered` to `landed` implies, given the noise
-    that went in. With the exact velocity they are the true ones; an error of the velocity counts
-    `(landed - entered) / (1 - landed)` times.
-    """
+    """Return the clean latents implied by one step from noise level `entered` to `landed`, given
+    the noise that was added. If `velocity` is exact, they are the true ones; an error of the
+    velocity enters multiplied by `(landed - entered) / (1 - landed)`."""
     assert x.dtype == velocity.dtype == noise.dtype == torch.float32, (
         f"Direct-Align in {velocity.dtype}: it needs float32"
     )
@@ -36,8 +34,8 @@ def recover(x: Tensor, velocity: Tensor, noise: Tensor, entered: float, landed: 
 
 
 def window_check(window: tuple[float, float], width: float, boundary: float | None = None) -> None:
-    """Check `window`, the (noisy end, clean end) of where steps land. With two experts it must lie
-    on one side of their `boundary`."""
+    """Raise ConfigError unless `window`, the noise levels (noisy end, clean end) at which steps of
+    `width` land, lies inside (0, 1), and with two experts on one side of their `boundary`."""
     noisy, clean = window
     if not 0 < clean < noisy or noisy + width > 0.99 or clean - width <= 0:
         raise ConfigError(
@@ -54,18 +52,19 @@ def window_check(window: tuple[float, float], width: float, boundary: float | No
 
 
 def discount(ends: tuple[float, float], window: tuple[float, float], sigma: float) -> float:
-    """Interpolate from `ends[0]` at the clean end of the window to `ends[1]` at its noisy end."""
+    """Return the discount at noise level `sigma`, interpolated from `ends[0]` at the clean end of
+    the window to `ends[1]` at its noisy end."""
     return ends[0] + (ends[1] - ends[0]) * (sigma - window[1]) / (window[0] - window[1])
 
 
 def relative_score(
     scorer: Scorer, pixels: Tensor, positive: list[str], negative: list[str], k: float
 ) -> Tensor:
-    """Return `(B,)`: (1 + k) r(x, positive) - r(x, negative). A scorer out of bounds is a
-    ValueError: nothing would end its ascent."""
+    """Return `(B,)`: (1 + k) r(x, positive) - r(x, negative). ValueError if the scorer leaves [-1,
+    1]: nothing would bound the ascent."""
     scores = [scorer(pixels, texts) for texts in (positive, negative)]
     for score in scores:
-        if not bool((score.detach().abs() <= 1 + 1e-4).all()):  # not finite included
+        if not bool((score.detach().abs() <= 1 + 1e-4).all()):  # refuses nan, too
             worst = score.detach().abs().max().item()
             raise ValueError(
                 f"the scorer gave {worst:.3g}; similarities must be finite and within -1 … 1"

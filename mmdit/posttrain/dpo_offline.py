@@ -1,5 +1,5 @@
-"""DPO on stored pairs: a file of winners and losers, or best and worst of the first model's own
-groups, collected once."""
+"""DPO on stored pairs: a file of winners and losers, or the best and the worst sample of each group
+that the initial model draws, collected once."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from mmdit.rng import generator
 from mmdit.training.origin import sum_of
 from mmdit.weights import is_finite, tensor_pieces
 
-MADE_OF = "mmdit_made_of"  # in the header of a run's own pairs: see `made_of`
-WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16)  # types of places in a list of prompts
-SUMS = "caption_crc32"  # of a run's own pairs: check sums of their prompts, int64 (pairs,)
+MADE_OF = "mmdit_made_of"  # key in the header of a run's own pairs: see `made_of`
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16)  # dtypes of places in a list of prompts
+SUMS = "caption_crc32"  # in a run's own pairs: check sums of their prompts, int64 (pairs,)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Latents `(pairs, F, h, w, C)` of winners and losers, the places of their `prompts (pairs,)`
-    among those that are trained on, and how many pairs of the file are of prompts that are held
-    out for evaluation, and therefore not here."""
+    """Pairs to learn from. `win`, `lose`: latents `(pairs, F, h, w, C)`. `prompts (pairs,)`: the
+    places of their prompts in the list that is trained on. `held_out`: how many further pairs of
+    the file were left out, because their prompts are held out for evaluation."""
 
     win: Tensor
     lose: Tensor
@@ -48,7 +48,7 @@ class Pairs:
 
 def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
     """Return a function that makes one update with `dpo.batch` pairs. The pairs are collected now,
-    unless a file names them or an earlier part of the run has collected them."""
+    unless the config names a file of them or an earlier part of the run has collected them."""
     batch, world = session.config.dpo.batch, session.world
     pairs = stored_pairs(session)
     if pairs is None:
@@ -81,14 +81,14 @@ def offline_updates(session: Session) -> Callable[[], dict[str, float]]:
 
 
 def pairs_file(session: Session) -> Path:
-    """Return the file of the pairs: the one that the config names, or that of the run."""
+    """Return the path of the pairs: the one that the config names, or the run's own."""
     return Path(session.config.dpo.pairs or session.run_dir / "pairs.safetensors")
 
 
 def stored_pairs(session: Session) -> Pairs | None:
-    """Return the pairs, None if they are still to be made: a new run takes those of an earlier one
-    in its folder, which was ended before its first checkpoint, only if it would make the same.
-    ConfigError: they do not fit the run, or cannot fill a batch."""
+    """Return the stored pairs; None if they are still to be made. A new run takes the pairs of an
+    earlier run in its folder, which ended before its first checkpoint, only if it would make the
+    same ones. ConfigError if they do not fit the run, or cannot fill a batch."""
     path = pairs_file(session)
     made = path.is_file() and (session.state.step > 0 or _stored_sum(path) == made_of(session))
     if session.config.dpo.pairs or made:
@@ -101,7 +101,7 @@ def stored_pairs(session: Session) -> Pairs | None:
 
 
 def made_of(session: Session) -> int:
-    """Return a check sum of all that decides the pairs that a run makes itself."""
+    """Return a check sum of all that determines the pairs that a run makes itself."""
     config = session.config
     names = ("prompts_per_epoch", "group_size", "rollout", "rewards", "reward_frames")
     decides = {name: encode(getattr(config, name)) for name in names}
@@ -111,7 +111,7 @@ def made_of(session: Session) -> int:
 
 
 def _stored_sum(path: Path) -> int | None:
-    """Return what `made_of` was when a file of pairs was written; None: it does not say."""
+    """Return the value of `made_of` that is stored in a file of pairs; None if it holds none."""
     try:
         with safe_open(path, "pt") as handle:
             return int((handle.metadata() or {})[MADE_OF])
@@ -120,7 +120,8 @@ def _stored_sum(path: Path) -> int | None:
 
 
 def _check_batch(session: Session, count: int) -> None:
-    """Raise ConfigError unless a batch can be taken from `count` pairs, or at most so many."""
+    """Raise ConfigError unless `dpo.batch` divides among the processes and is at most `count`,
+    which is the number of pairs or the most there can be."""
     batch, size = session.config.dpo.batch, session.world.size
     if batch % size or batch > count:
         raise ConfigError(
@@ -130,8 +131,8 @@ def _check_batch(session: Session, count: int) -> None:
 
 
 def collect_pairs(session: Session) -> dict[str, Tensor]:
-    """Return the tensors of pairs from whole epochs of rollouts with the first model, for
-    `dpo.collect` prompts; groups with equal rewards give none."""
+    """Return the tensors of pairs from whole epochs of rollouts with the initial model, for at
+    least `dpo.collect` prompts; a group with equal rewards gives no pair."""
     config, rollouts = session.config, session.rollouts
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for epoch in range(math.ceil(config.dpo.collect / config.prompts_per_epoch)):
@@ -144,7 +145,7 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
             parts["place"].append(first + rollout.indices[best])
     gather = session.world.gather
     pairs = {name: torch.cat(gather(torch.cat(some))) for name, some in parts.items()}
-    order = pairs.pop("place").argsort()  # as one process would have made them
+    order = pairs.pop("place").argsort()  # the order in which one process would have made them
     if not len(order):
         raise ValueError(
             "no group had samples of different reward, so there is no pair to learn from; take a"
@@ -157,9 +158,9 @@ def collect_pairs(session: Session) -> dict[str, Tensor]:
 
 
 def read_pairs(path: Path, session: Session) -> Pairs:
-    """Return the pairs of a file. Places are those in the whole list of prompts, of which some may
-    be held out; pairs that a run made are known by the check sums of their prompts. ConfigError: it
-    cannot be read, or is of another run."""
+    """Return the pairs of a file. Their places refer to the whole list of prompts, some of which
+    may be held out; for pairs that a run made itself, check sums identify the prompts. ConfigError
+    if the file cannot be read, or belongs to another run."""
     shape = session.shape
     try:
         with explain_errors(path, "file of pairs"):
@@ -194,15 +195,15 @@ def read_pairs(path: Path, session: Session) -> Pairs:
 
 
 def _trained_places(path: Path, pairs: dict[str, Tensor], prompts: Prompts) -> Tensor:
-    """Return the place of each pair's prompt among those that are trained on, -1 for one that is
-    held out. ValueError: it is not in the list."""
+    """Return the place of each pair's prompt in the list that is trained on, -1 for a prompt that
+    is held out. ValueError if a place lies outside the whole list."""
     written = prompts.captions if prompts.written is None else prompts.written
     if SUMS in pairs:
         written = list(dict.fromkeys(written))
         known = {sum_of_text(caption): place for place, caption in enumerate(written)}
         places = [known.get(number, -1) for number in pairs[SUMS].tolist()]
     else:
-        if _stored_sum(path) is not None:  # an earlier version made it
+        if _stored_sum(path) is not None:  # made by an earlier version
             written = prompts.captions
         places = pairs["prompts"].tolist()
     if not all(0 <= place < len(written) for place in places):
@@ -212,10 +213,10 @@ def _trained_places(path: Path, pairs: dict[str, Tensor], prompts: Prompts) -> T
 
 
 def sum_of_text(text: str) -> int:
-    """Return the check sum by which a prompt is known."""
+    """Return the check sum that identifies a prompt."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
 def form_of(tensor: Tensor) -> str:
-    """Return the type and the shape of a tensor, for a message."""
+    """Return the dtype and the shape of a tensor, for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,5 +1,6 @@
-"""Evaluation: what the policy draws for prompts that are always the same, and what rewards say of
-it. Samples have fixed noise, the sampler of `train.sample_*`, and the weights as they are."""
+"""Evaluation: rewards of samples that the policy draws for a fixed list of prompts. The noise is
+fixed, the sampler is that of `train.sample_*`, and the weights are the present ones, not their
+average."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from mmdit.rng import Draws
 from mmdit.training.origin import sum_of
 from mmdit.training.pipeline import Pipeline, SampleSettings
 
-BATCH = 256  # samples that are drawn at a time, and no more than posttrain.micro_batch
+BATCH = 256  # the most samples drawn at a time, besides posttrain.micro_batch
 
 
 class Evaluator:
-    """Scores the policy on evaluation prompts and remembers the best score. ConfigError: `train:`
-    has sampling keys with which nothing can be drawn."""
+    """Scores the policy on evaluation prompts and remembers the best score. ConfigError: the
+    sampling keys in `train:` cannot be used to draw anything."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -33,8 +34,8 @@ class Evaluator:
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        """Check the sampling keys. Let an encoder that keeps embeddings in files see every text
-        that evaluation will ask for, so that it need not be loaded again."""
+        """Check the sampling keys. If the text encoder keeps embeddings in files, encode every text
+        that evaluation needs now, so that the encoder need not be loaded again."""
         setup, learner = self.setup, self.setup.learner
         if learner.text_encoder.keeps_files:
             captions = [c for prompts in setup.evaluated.values() for c in prompts.captions]
@@ -50,15 +51,16 @@ class Evaluator:
             ) from None
 
     def pipeline(self) -> Pipeline:
-        """Return the policy as it is, of two experts with the frozen one, to sample with."""
+        """Return a pipeline that samples from the present policy; with two experts, together with
+        the frozen one."""
         setup = self.setup
         parts = setup.learner, setup.tokenizer, setup.train.precision, setup.captions
         return Pipeline(*parts, whole=setup.model)
 
     @torch.no_grad()
     def draw(self, captions: list[str], first: int) -> tuple[Tensor, Tensor]:
-        """Return the normalised latents of the samples `first` …, and the pixels decoded from
-        them."""
+        """Return the normalised latents of the samples from number `first` on, one for each
+        caption, and the pixels decoded from them."""
         setup, pipeline = self.setup, self.pipeline()
         size = (setup.width, setup.height, setup.frames)
         raw = pipeline.latents(captions, *size, self.settings, first)
@@ -67,7 +69,8 @@ class Evaluator:
         return setup.learner.spec.normalize(raw), pipeline.finite(pixels, numbers, self.settings)
 
     def score(self, prompts: Prompts, first: int) -> dict[str, Tensor]:
-        """Return what each reward says of the samples `first` …, one of each prompt, `(N,)`."""
+        """Return the values `(N,)` of each reward for one sample of each prompt, numbered from
+        `first` on."""
         latents, pixels = self.draw(prompts.captions, first)
         samples = Samples(
             captions=prompts.captions,
@@ -94,7 +97,7 @@ class Evaluator:
         return values
 
     def measure(self) -> int:
-        """Return a check sum of all that decides a score, but the weights."""
+        """Return a check sum of all that determines a score, except the weights."""
         setup = self.setup
         prompts = {name: some.captions for name, some in setup.evaluated.items()}
         size = (setup.width, setup.height, setup.frames)
@@ -102,8 +105,8 @@ class Evaluator:
         return sum_of([], *words, encode(self.pool.rewards))
 
     def continue_from(self, history: dict[str, Tensor]) -> list[str]:
-        """Forget the best score of an earlier part of the run where that measured otherwise: the
-        two cannot be compared. Return what to tell a person."""
+        """Forget the best score of an earlier part of the run if it was measured in another way:
+        the two cannot be compared. Return lines to print about that."""
         before = history.get("measure")
         if before is None or int(before) == self.measure() or "best" not in history:
             return []
@@ -111,9 +114,10 @@ class Evaluator:
         return ["evaluation measures another thing than before: the best score begins anew"]
 
     def is_best(self, values: dict[str, float]) -> bool:
-        """Remember the weighted rewards on held-out prompts (on seen ones, without these) if they
-        are the highest so far, and return whether they are above those of the start: rewards rise
-        on training prompts long after pictures get worse."""
+        """Return whether this evaluation has the best score so far, and a better one than the
+        start. The score is the weighted sum of the rewards on held-out prompts (on seen ones, if
+        there are no others): on training prompts, rewards rise long after pictures have begun to
+        get worse. A best score is remembered in `history`."""
         setup = self.setup
         if not setup.evaluated:
             return False

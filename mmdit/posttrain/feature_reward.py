@@ -17,7 +17,8 @@ from mmdit.posttrain.rewards import Reward, Samples, given
 
 @dataclass(frozen=True)
 class FeatureSimilarity(Reward):
-    """Cosine of a sample's features with those of a folder of pictures, as a mean over frames."""
+    """The cosine between the features of a sample and those of a folder of pictures, averaged over
+    frames."""
 
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     # Chooses this reward.
@@ -56,7 +57,7 @@ class FeatureSimilarity(Reward):
 
     @property
     def loaded(self) -> tuple[FeatureEncoder, Tensor]:
-        """Return the encoder, and the normalised features that samples are compared with."""
+        """Return the encoder, and the normalised features with which samples are compared."""
         return vars(self)["loaded"]
 
     def call(self, samples: Samples) -> Tensor:

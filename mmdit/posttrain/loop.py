@@ -1,5 +1,5 @@
-"""The loop of post-training: an algorithm's epochs, with evaluation, drift, checkpoints and stop
-rules between them."""
+"""The loop of post-training: it runs the epochs of an algorithm, with evaluation, drift,
+checkpoints and stop rules between them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def epochs_of(session: Session) -> tuple[Callable[[], dict[str, float]], int]:
 
 
 def post_train(session: Session) -> bool:
-    """Train to `train.max_steps`. Return True when the run came to its end or a stop rule ended it,
-    False when it was asked to stop."""
+    """Train to `train.max_steps`. Return True if the run came to its end or a stop rule ended it,
+    False if it was asked to stop."""
     config, train, state, world = session.config, session.train, session.state, session.world
     epoch, updates = epochs_of(session)
     if state.step % updates:
@@ -66,7 +66,8 @@ def post_train(session: Session) -> bool:
                 reason = "a loss or gradient is not finite"
             asked = world.any(stop.asked)
             ended = state.step >= train.max_steps or reason is not None
-            # not when asked to stop: the resumed run would have one evaluation more than another
+            # not when asked to stop: a resumed run would have one evaluation more than an unbroken
+            # one
             if ended or state.step // updates % config.eval_every_epochs == 0:
                 values |= session.evaluate()
             session.report(values, "" if broken else reason or "")
@@ -93,8 +94,8 @@ def post_train(session: Session) -> bool:
 
 
 def put_other_best_aside(session: Session) -> None:
-    """Give `best/` another name where it is of an attempt that this run does not go on from: until
-    there is a better one it would be taken for this run's."""
+    """Rename `best/` if it belongs to an attempt from which this run does not continue: until this
+    run has a best checkpoint, it would be mistaken for that."""
     folder = session.run_dir / "best"
     steps = {checkpoint.step_of(path) for path in checkpoint.complete(folder)}
     best = session.history.get("best")
@@ -105,7 +106,7 @@ def put_other_best_aside(session: Session) -> None:
 
 
 class Kept:
-    """The newest state that a run can go on from, which lies between two epochs. `saved`: the
+    """The newest state from which a run can continue; it lies between two epochs. `saved`: the
     update of the newest checkpoint."""
 
     def __init__(self, session: Session):
@@ -113,11 +114,12 @@ class Kept:
         self.look()
 
     def look(self) -> None:
-        """Note that the state is whole now."""
+        """Note the present state as one from which the run can continue."""
         self.step, self.history = self.session.state.step, dict(self.session.history)
 
     def save(self) -> None:
-        """Save the updates since the last checkpoint, where no other has begun; say so."""
+        """Save the updates since the last checkpoint, unless a further update has been made or
+        begun, or there are several processes. Print a line about it."""
         session, step = self.session, self.session.state.step
         if session.world.size > 1 or session.moving or not self.saved < step == self.step:
             return
@@ -128,9 +130,9 @@ class Kept:
 
 @contextlib.contextmanager
 def rescuing(session: Session) -> Iterator[Kept]:
-    """Save the updates since the last checkpoint before an error ends the run, and note the error:
-    a reward that fails does not make the weights worse. One of several processes cannot know that
-    the others are as far."""
+    """Save the updates since the last checkpoint before an error ends the run, and record the
+    error: a reward that fails does not make the weights worse. With several processes nothing is
+    saved, as one cannot know how far the others have come."""
     kept, config = Kept(session), session.config
     try:
         yield kept
@@ -153,7 +155,7 @@ def rescuing(session: Session) -> Iterator[Kept]:
 
 
 def has_ended(session: Session) -> bool:
-    """Return whether a resumed run has nothing left to do, and say why."""
+    """Return whether a resumed run has nothing left to do; if so, print why."""
     step, most, world = session.state.step, session.train.max_steps, session.world
     if step >= most:
         world.print(f"nothing left to do: train.max_steps is {most}; raise it to train further")

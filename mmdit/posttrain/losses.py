@@ -1,8 +1,8 @@
-"""Losses of post-training: tensors in, a differentiable scalar (or per-sample values) out. No
-networks, no schedules.
+"""Losses of post-training: they map tensors to a differentiable scalar or to values for each
+sample, and know nothing of networks and schedules.
 
-`advantage (B,)`, velocities `(B, ...)`, `sigma (B,)` noise levels, `clean` and `noise` of the
-linear path.
+`advantage (B,)`; velocities `(B, ...)`; `sigma (B,)`: noise levels; `clean` and `noise`: the ends
+of the linear path.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from mmdit.posttrain.dynamics import mean_d
 
 Weighting = Literal["one", "t", "t2", "huber", "ghuber"]
-POWER = 0.25  # of ghuber
+POWER = 0.25  # the exponent of ghuber
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """Return `(B,)`: the clipped surrogate of PPO (Schulman et al. 2017, eq. 7) with `low < 0 <
-    high`, negated."""
+    """Return `(B,)`: the negated clipped surrogate of PPO (Schulman et al. 2017, eq. 7); the ratio
+    is clipped to 1 + `low` … 1 + `high`, with `low < 0 < high`."""
     ratio = log_ratio.exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 + low, 1 + high))
 
 
 def wide(sigma: Tensor, like: Tensor) -> Tensor:
-    """Return `sigma (B,)` with as many axes as `like`, to multiply it with."""
+    """Return `sigma (B,)` with as many axes as `like`, so that the two can be multiplied."""
     return sigma.reshape(-1, *[1] * (like.dim() - 1)).to(like)
 
 
@@ -41,9 +41,10 @@ def nft(
     beta: float,
     weighted: bool = True,
 ) -> Tensor:
-    """Return `(B,)`: DiffusionNFT (Zheng et al. 2509.16117, eq. 5) with `share (B,)` in [0, 1], how
-    much a sample is positive. The optimum moves v by (2 / beta) E[share (target - v_old)].
-    `weighted`: divided by its own mean error, which is then not differentiated."""
+    """Return `(B,)`: the loss of DiffusionNFT (Zheng et al. 2509.16117, eq. 5). `share (B,)` in [0,
+    1] says how positive a sample is. At the optimum v has moved by (2 / beta) E[share (target -
+    v_old)]. `weighted`: each error is divided by its mean absolute error, through which no gradient
+    flows."""
     share, level = share.to(v), wide(sigma, v)
 
     def error(velocity: Tensor) -> Tensor:
@@ -56,18 +57,18 @@ def nft(
 
 
 def positive_share(advantage: Tensor, most: float) -> Tensor:
-    """Map advantages, clipped at ± `most`, to [0, 1]."""
+    """Return advantages, clipped to ± `most`, mapped linearly to [0, 1]."""
     return (advantage / most / 2 + 0.5).clamp(0, 1)
 
 
 def matching(v: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Return `(B,)` float64: the flow-matching error."""
+    """Return `(B,)` float64: the mean squared flow-matching error."""
     return mean_d((v - (noise - clean)).double().square())
 
 
 def weigh(error: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
-    """Return AWM's function of the matching error (Xue et al. 2509.25050), which stands for -log
-    p."""
+    """Return the function of the matching error that takes the place of -log p in AWM (Xue et al.
+    2509.25050)."""
     sigma = sigma.to(error)
     match weighting:
         case "one":
@@ -83,18 +84,19 @@ def weigh(error: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
 
 
 def awm_log_ratio(error: Tensor, error_old: Tensor, sigma: Tensor, weighting: Weighting) -> Tensor:
-    """Return `(B,)` for `clipped`; both errors are at the same sigma and noise."""
+    """Return the log-ratio `(B,)` for `clipped`. Both errors must be taken at the same sigma and
+    noise."""
     return (weigh(error_old, sigma, weighting) - weigh(error, sigma, weighting)).float()
 
 
 def dpo_margin(
     win: Tensor, win_reference: Tensor, lose: Tensor, lose_reference: Tensor, beta: float
 ) -> Tensor:
-    """Return `(P,)` from matching errors `(P,)`; above 0 a pair is ranked as wanted (Wallace et al.
-    2311.12908, eq. 14)."""
+    """Return the margin `(P,)` from matching errors `(P,)`; where it is above 0, the pair is ranked
+    as wanted (Wallace et al. 2311.12908, eq. 14)."""
     return -beta / 2 * ((win - win_reference) - (lose - lose_reference))
 
 
 def dpo(margin: Tensor) -> Tensor:
-    """Return `(P,)`: ln 2 where the policy is the reference."""
+    """Return the loss `(P,)`, which is ln 2 where the policy equals the reference."""
     return -F.logsigmoid(margin)

@@ -1,4 +1,4 @@
-"""Means of what micro-batches report, over an epoch and all processes."""
+"""Average what micro-batches report, over an epoch and all processes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from mmdit.training.distributed import World
 
 
 class Means:
-    """Holds scalars by name, on their device until they are asked for, each with its weight."""
+    """Collects scalars by name, each with its weight; they stay on their device until a mean is
+    asked for."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.weights: dict[str, list[float]] = defaultdict(list)
 
     def add(self, numbers: dict[str, Tensor], weight: float) -> None:
-        """Note some numbers, which count `weight` times."""
+        """Add some numbers, each with the given weight."""
         for name, value in numbers.items():
             self.values[name].append(value.detach().float())
             self.weights[name].append(weight)
 
     def over(self, world: World) -> dict[str, float]:
-        """Return the weighted mean of each number that any process has, on every one."""
+        """Return, on every process, the weighted mean of each number that any process has added."""
         sums: dict[str, tuple[float, float]] = {}
         for name, values in self.values.items():
             weights = torch.tensor(self.weights[name], dtype=torch.float64)

@@ -16,7 +16,7 @@ from mmdit.posttrain.trajectory import Rollout
 from mmdit.rng import Draws
 from mmdit.training.errors import RunError
 
-# a loss of one micro-batch, and numbers to report
+# The loss of one micro-batch, and numbers to report.
 Term = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -43,7 +43,7 @@ def online_epoch(session: Session) -> dict[str, float]:
         whole = update * samples + torch.arange(samples)
         for rollout in rollouts[update * count : (update + 1) * count]:
             share = share_of(session, worth, prompts, rollout.indices, whole)
-            rollout = rollout.to(session.device)  # this micro-batch alone is on the device
+            rollout = rollout.to(session.device)  # only this micro-batch is on the device
             values, parts = worth[rollout.indices].to(session.device), []
             for loss, more in terms(session, rollout, values):
                 (loss / share).backward()
@@ -61,9 +61,10 @@ def online_epoch(session: Session) -> dict[str, float]:
 def share_of(
     session: Session, worth: Tensor, prompts: Tensor, part: Tensor, whole: Tensor
 ) -> float:
-    """Return by what the mean loss of a micro-batch is divided, so that those of an update add up,
-    in the mean over processes, to its mean: over samples, with DPO over pairs, of which a
-    micro-batch may have any number. `part` and `whole`: places of both in the epoch."""
+    """Return the divisor of a micro-batch's mean loss with which the losses of an update add up to
+    its mean, averaged over processes. The mean is over samples, or with DPO over pairs, of which a
+    micro-batch may have any number. `part` and `whole`: the places in the epoch of the micro-batch
+    and of the update."""
     part_size, whole_size = len(part), len(whole)
     if session.config.algorithm == "dpo":
         part_size, whole_size = (
@@ -73,7 +74,8 @@ def share_of(
 
 
 def share_of_old(session: Session) -> float:
-    """Return how much of the slow copy stays after this epoch: with NFT more and more."""
+    """Return the share of the slow copy that stays after this epoch. With NFT it grows; otherwise
+    it is 0."""
     if session.config.algorithm != "nft":
         return 0.0
     nft = session.config.nft
@@ -81,8 +83,9 @@ def share_of_old(session: Session) -> float:
 
 
 def check_replay(session: Session, offs: list[Tensor]) -> float:
-    """Return how far from 1 a ratio of any process is before the first update of an epoch.
-    RunError: further than rounding explains, for the policy is the one that sampled."""
+    """Return the largest distance from 1 of a ratio on any process before the first update of an
+    epoch. RunError if it is larger than rounding explains: the policy is still the one that
+    sampled, so ratios must be 1."""
     local = max((value.item() for value in offs), default=0.0)
     off = max(session.world.gather(local))
     tolerance = session.config.ratio.replay_tolerance
@@ -97,7 +100,7 @@ def check_replay(session: Session, offs: list[Tensor]) -> float:
 
 def terms(session: Session, rollout: Rollout, worth: Tensor) -> Iterator[Term]:
     """Yield losses to be differentiated one after the other; their sum is the mean over the
-    micro-batch. `worth (B,)`: advantages, or rewards for DPO."""
+    micro-batch. `worth (B,)`: advantages, or for DPO rewards."""
     if session.config.trains_steps:
         yield from step_terms(session, rollout, worth)
     elif session.config.algorithm == "dpo":
@@ -114,8 +117,8 @@ def terms(session: Session, rollout: Rollout, worth: Tensor) -> Iterator[Term]:
 
 
 def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterator[Term]:
-    """Yield the losses of GRPO (2505.05470, eq. 5) and Guard: every noisy step of a trajectory is
-    an action."""
+    """Yield the losses of GRPO (2505.05470, eq. 5) and Guard, one for each noisy step of the
+    trajectory: these steps are the actions."""
     config, policy, trajectory = session.config, session.policy, rollout.trajectory
     text, (low, high) = session.text[rollout.prompts.to(session.device)], config.ratio.clip
     velocity, reference = policy.velocity(text), policy.velocity(text, policy.reference)
@@ -150,7 +153,8 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
 def noised(
     session: Session, clean: Tensor, indices: Tensor, number: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(x, noise, sigma (B,))` of the `number`-th of `count` draws of this update."""
+    """Return `(x, noise, sigma (B,))`: the samples at newly drawn noise levels, in draw `number` of
+    the `count` draws of this update."""
     draws = Draws(session.seed, session.state.step * count + number, indices.to(session.device))
     sigma = session.learner.objective.draw_time(draws, session.shape[0]).float().clamp(1e-2, 1.0)
     sigma = session.levels.inside(sigma)
@@ -159,7 +163,8 @@ def noised(
 
 
 def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterator[Term]:
-    """Yield the losses of NFT and AWM: clean samples are noised anew, whatever solver made them."""
+    """Yield the losses of NFT and AWM: clean samples are noised anew, whichever solver made
+    them."""
     config, policy, clean = session.config, session.policy, rollout.clean
     text, count = session.text[rollout.prompts.to(session.device)], config.draws_per_sample
     for number in range(count):
@@ -189,8 +194,8 @@ def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Itera
 
 
 def extremes(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of the best and the worst sample of each group; groups whose rewards are
-    all equal have none."""
+    """Return the places of the best and of the worst sample of each group, leaving out groups whose
+    rewards are all equal."""
     best, worst = [], []
     for group in groups.unique():
         rows = (groups == group).nonzero()[:, 0].tolist()
@@ -202,8 +207,8 @@ def extremes(reward: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compute_along(session: Session, rollout: Rollout) -> None:
-    """Make the calls of `pair_terms` and their gradients, which are 0, in a process that has no
-    pair: sharded weights are gathered from all processes, for each call of any of them."""
+    """Make the same network calls as `pair_terms`, with gradients of 0, in a process that has no
+    pair: sharded weights are gathered from all processes for each call, so that all must call."""
     row = torch.zeros(1, dtype=torch.long)
     clean, prompts, indices = rollout.clean[row], rollout.prompts[row], rollout.indices[row]
     for loss, _ in pair_terms(session, clean, clean, prompts, indices):
@@ -213,7 +218,8 @@ def compute_along(session: Session, rollout: Rollout) -> None:
 def pair_terms(
     session: Session, win: Tensor, lose: Tensor, prompts: Tensor, indices: Tensor
 ) -> Iterator[Term]:
-    """Yield the losses of DPO: both of a pair at the same noise level with the same noise."""
+    """Yield the losses of DPO. Both samples of a pair get the same noise level and the same
+    noise."""
     config, policy, count = session.config, session.policy, session.config.draws_per_sample
     text = session.text[prompts.to(session.device)]
     both, clean = TextTokens.cat([text, text]), torch.cat([win, lose])

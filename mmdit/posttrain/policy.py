@@ -20,8 +20,9 @@ Velocity = Callable[[Tensor, float | Tensor], Tensor]  # x (B, ...) and sigma to
 
 
 class Policy:
-    """`reference`: the trained weights that the first run began from. `old`: a copy that follows
-    the policy, slowly with NFT; AWM's is that of the epoch's beginning."""
+    """The trained network and two frozen copies of its weights. `reference`: the weights from which
+    the first run began. `old`: a copy that follows the policy after each epoch; at once, or slowly
+    with NFT."""
 
     def __init__(self, setup: Setup):
         self.setup, self.model = setup, setup.learner.model
@@ -30,39 +31,42 @@ class Policy:
         self.reference, self.old = self.snapshot(), self.snapshot()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return a copy of the trained weights, by the network's names, sharded like them."""
+        """Return a copy of the trained weights by their names in the network, sharded as they
+        are."""
         return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the running average (`ema:`) of the trained weights, by the network's names."""
+        """Return the running average (`ema:`) of the trained weights, by their names in the
+        network."""
         ema = self.setup.state.ema
         assert ema is not None, "ema.enabled was checked"
         return {name.removeprefix("model."): value for name, value in ema.shadow.items()}
 
     @torch.no_grad()
     def renew_old(self, share: float) -> None:
-        """Move `old` towards the policy; `share` of it stays as it was."""
+        """Move `old` towards the policy, keeping the share `share` of it."""
         for name, parameter in self.trained.items():
             local(self.old[name]).lerp_(local(parameter), 1 - share)
 
     def carry_over_old(self, alphas: dict[str, float]) -> None:
-        """Rescale the adapters of `old`, trained with other `alphas`, as those of the policy were:
-        they compute what they did."""
+        """Rescale the adapters of `old`, which were trained with other `alphas`, as those of the
+        policy were rescaled, so that their output stays the same."""
         with holding(self.trained, self.old):
             carry_over(self.model, alphas)
             self.old = self.snapshot()
 
     def _call_with(self, weights: dict[str, Tensor], *inputs: object) -> Tensor:
-        """Call the network with `weights` in place of the trained ones. Where it is sharded it
-        gathers what its parameters hold, whatever a call is given, so the shards change places."""
+        """Call the network with `weights` in place of the trained ones. A sharded network gathers
+        the contents of its own parameters, whatever weights a call is given, so there the shards
+        are swapped."""
         if self.setup.learner.sharded:
             with holding(self.trained, weights):
                 return self.model(*inputs)
         return functional_call(self.model, weights, inputs)
 
     def velocity(self, text: TextTokens, weights: dict[str, Tensor] | None = None) -> Velocity:
-        """Return the velocity field of the policy, or of a copy of its trained `weights`, which is
-        not differentiated, with the guidance that rollouts have."""
+        """Return the velocity field of the policy under the guidance of rollouts; with `weights`,
+        that of a copy of the trained weights, which is not differentiated."""
         setup = self.setup
         rollout = setup.config.rollout
         networks: dict[str, Callable[..., Tensor]] = dict(setup.whole.networks())

@@ -1,5 +1,5 @@
-"""The section `posttrain:`. Updates, learning rate, precision and checkpoints are those of
-`train:`; a step is one update."""
+"""The section `posttrain:`. The number of updates, learning rate, precision and checkpoints are set
+in `train:`; a step is one update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmdit.posttrain.rewards import (
 )
 from mmdit.posttrain.shapes import ColorWords, PromptAccuracy, generated_prompts
 
-GENERATED = "moving_shapes"  # the source of prompts that come with their facts
+GENERATED = "moving_shapes"  # the source of prompts that come with facts
 
 RewardConfig = (
     PromptAccuracy
@@ -50,27 +50,28 @@ ScorerConfig = ColorWords | ClipReward | PickScore | HPS
 class RolloutConfig:
     """The section `posttrain.rollout:`."""
 
-    # Steps of a sample.
+    # Steps with which a sample is drawn.
     steps: int = 10
-    # Shift of the times; above 1 spends more steps at high noise.
+    # Shift of the sampling times; above 1, more steps are spent at high noise.
     shift: float = 1.0
-    # Guidance; 1 is none.
+    # Guidance scale; 1 is no guidance.
     guidance: float = 1.0
-    # Guidance of the low-noise expert of a pair, if it has another.
+    # Guidance scale of the low-noise expert of a pair, if it differs.
     guidance_low: float | None = None
-    # grpo, guard: how a stochastic step draws its noise; `ode` draws none. Others step by the ODE.
+    # grpo, guard: how a stochastic step draws its noise; `ode` draws none. Other algorithms step by
+    # the ODE.
     dynamics: Dynamics = "flow_sde"
     # grpo, guard: the size of that noise, above 0 and at most 1.
     noise_level: float = 0.7
-    # grpo, guard: steps that may be stochastic, and are then trained; empty: all but the last,
-    # which would leave noise.
+    # grpo, guard: the steps that may be stochastic, and are then trained. Empty: all but the last,
+    # which would leave noise in the sample.
     sde_steps: tuple[int, ...] = ()
-    # So many of them are drawn for each epoch; 0 takes all. The other steps are the ODE's.
+    # How many of these steps are drawn for each epoch; 0 takes all. The other steps follow the ODE.
     sde_pick: int = 0
-    # Let the samples of a group begin alike and part in their stochastic steps, so that what is
-    # compared is what is trained.
+    # Let the samples of a group start from the same noise and differ only by their stochastic
+    # steps, so that what is compared is what is trained.
     shared_noise: bool = False
-    # Who samples: the `current` model, or nft's `old`, slow copy.
+    # The weights that sample: those of the `current` model, or nft's slow copy, `old`.
     policy: Literal["current", "old"] = "current"
 
     def __post_init__(self):
@@ -100,11 +101,11 @@ class RolloutConfig:
 class StorageConfig:
     """The section `posttrain.storage:`."""
 
-    # Which latents of a trajectory are kept: `auto` is what the algorithm reads.
+    # Which latents of a trajectory are kept: `auto` keeps those that the algorithm reads.
     positions: Literal["auto", "all"] = "auto"
-    # In which type they are kept.
+    # The dtype in which they are kept.
     dtype: Literal["fp32", "bf16"] = "fp32"
-    # Keep them in the memory of the CPU; one micro-batch at a time comes back.
+    # Keep them in CPU memory; one micro-batch at a time comes back to the device.
     offload: bool = True
 
 
@@ -114,9 +115,9 @@ class AdvantageConfig:
 
     # `sum`: normalise the weighted sum of the rewards. `gdpo`: normalise each reward, then sum.
     mode: Literal["sum", "gdpo"] = "sum"
-    # Divide by the deviation of all samples, or of each group.
+    # Divide by the standard deviation over all samples, or over each group.
     std: Literal["global", "group"] = "global"
-    # The largest advantage, in size.
+    # Clip advantages to this absolute value.
     clip: float = 5.0
 
     def __post_init__(self):
@@ -127,12 +128,13 @@ class AdvantageConfig:
 class RatioConfig:
     """The section `posttrain.ratio:`, for grpo, guard and awm."""
 
-    # grpo, guard: how log-ratios are summed over a latent; `sqrt_dim` makes units that do not
+    # grpo, guard: how log-ratios are summed over a latent; with `sqrt_dim` their spread does not
     # depend on its size.
     norm: Norm = "sqrt_dim"
-    # How far a ratio may be from 1 before it stops counting: [below 0, above 0].
+    # Range of the ratio around 1 beyond which it is clipped: [below, above].
     clip: tuple[float, float] = (-3e-3, 3e-3)
-    # How far from 1 a ratio may be before the first update, where it must be exactly that.
+    # How far from 1 a ratio may be before the first update of an epoch, where it should be exactly
+    # 1.
     replay_tolerance: float = 1e-6
 
     def __post_init__(self):
@@ -148,10 +150,10 @@ class RatioConfig:
 class KLConfig:
     """The section `posttrain.kl:`."""
 
-    # What is compared: velocities, the means of a step, or the exact divergence of the step's
-    # Gaussians.
+    # What is compared: velocities, the means of a step, or the step's Gaussians by their exact
+    # divergence.
     space: Literal["v", "x", "exact"] = "v"
-    # Weight of the distance; 0 does without.
+    # Weight of the distance; 0 switches it off.
     beta: float = 0.0
 
     def __post_init__(self):
@@ -160,16 +162,16 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class NFTConfig:
-    """The section `posttrain.nft:`. After each epoch the slow copy keeps `rate` · (update -
-    `flat`), at most `most`, of itself."""
+    """The section `posttrain.nft:`. After each epoch, the slow copy keeps the share `rate` ·
+    (update - `flat`) of itself, at most `most`."""
 
-    # How far the two implied policies lie from the slow copy.
+    # How far the two policies that the loss implies lie from the slow copy.
     beta: float = 1.0
-    # Divide each error by its own mean size, so that all noise levels count alike.
+    # Divide each error by its own mean absolute value, so that all noise levels count alike.
     weighted: bool = True
-    # Updates during which the slow copy follows at once.
+    # Number of first updates during which the slow copy follows at once.
     flat: int = 0
-    # How the share that stays grows with each update.
+    # How much the share that stays grows with each update.
     rate: float = 1e-3
     # The largest share that stays.
     most: float = 0.5
@@ -187,9 +189,10 @@ class NFTConfig:
 class AWMConfig:
     """The section `posttrain.awm:`."""
 
-    # Weight of a noise level t: 1, t, t², or a Huber loss.
+    # Weight of the error at noise level t: 1, t, t², or t with a (generalised) Huber loss.
     weighting: Weighting = "t"
-    # Weight of the distance to `ema:`, without which negative advantages push without bound.
+    # Weight of the distance to the running average `ema:`; without it, negative advantages push
+    # without bound.
     ema_kl: float = 1.0
 
     def __post_init__(self):
@@ -200,16 +203,16 @@ class AWMConfig:
 class DPOConfig:
     """The section `posttrain.dpo:`."""
 
-    # How strongly the model is held to its reference: larger is stronger.
+    # How strongly the model is held to its reference; larger is stronger.
     beta: float = 500.0
-    # `online` takes the best and the worst of each group, epoch by epoch; `offline` learns from
+    # `online` takes the best and the worst sample of each group of an epoch; `offline` learns from
     # stored pairs.
     source: Literal["online", "offline"] = "offline"
-    # offline: a file of pairs; null makes one with the first model.
+    # offline: a file of pairs; null makes one with the initial model.
     pairs: FilePath | None = None
-    # offline: prompts that pairs are made of.
+    # offline: for how many prompts pairs are made.
     collect: int = 512
-    # offline: pairs of one update, over all processes.
+    # offline: pairs in one update, over all processes.
     batch: int = 64
 
     def __post_init__(self):
@@ -218,36 +221,38 @@ class DPOConfig:
 
     @property
     def given(self) -> bool:
-        """Return whether pairs come from a file, and none are made."""
+        """Return whether pairs come from a file, so that none are made."""
         return self.source == "offline" and self.pairs is not None
 
 
 @dataclass(frozen=True)
 class SRPOConfig:
     """The section `posttrain.srpo:`. Windows are noise levels, [noisy, clean], never step numbers:
-    with a time shift the same steps are other levels."""
+    under a time shift, the same steps have other noise levels."""
 
     # The noise levels at which the gradient is taken.
     sigma_window: tuple[float, float] = (0.96, 0.75)
-    # The step in noise level by which latents are recovered.
+    # The size of the step, in noise level, by which latents are recovered.
     step: float = 0.02
-    # How much more the wanted words count, at the clean and the noisy end of the window, where
-    # latents are denoised.
+    # How much more the positive words count than the negative ones where latents are denoised: at
+    # the clean and at the noisy end of the window.
     discount_denoise: tuple[float, float] = (0.10, 0.25)
-    # The same where latents are inverted.
+    # The same where latents are inverted, and the words swapped.
     discount_invert: tuple[float, float] = (0.30, 0.01)
-    # A cache of real pictures or clips and their captions, which stand in for sampled ones; null
-    # samples.
+    # A cache of real pictures or clips and their captions, used in place of sampled ones; null
+    # draws samples.
     latents: FilePath | None = None
-    # Words put before a caption: the score with them is raised against that with `negative`.
+    # Words put before a caption: the score with these words is raised relative to that with
+    # `negative`.
     positive: tuple[str, ...] = ("red",)
-    # The words it is compared with.
+    # The words for the comparison.
     negative: tuple[str, ...] = ("blue",)
-    # A sample whose score is above this is left alone.
+    # The denoise branch does not train samples that score above this, the invert branch not those
+    # that score by this much below where it began.
     hinge: float = 0.7
     # Which branches are trained.
     branches: tuple[Literal["denoise", "invert"], ...] = ("denoise", "invert")
-    # Stop when the deviation of recovered latents has grown by more than this factor.
+    # Stop when the standard deviation of recovered latents has grown by more than this factor.
     max_std_growth: float = 1.5
     # The differentiable scorer of pictures and texts.
     scorer: ScorerConfig = field(default_factory=ColorWords)
@@ -271,25 +276,25 @@ class SRPOConfig:
 
 @dataclass(frozen=True)
 class PosttrainConfig(Section):
-    """The section `posttrain:`. Learning rate, precision, number of updates and checkpoints are
-    those of `train:`; a step is one update."""
+    """The section `posttrain:`. Learning rate, precision, number of updates and checkpoints are set
+    in `train:`; a step is one update."""
 
     # How the model learns from rewards; docs/posttraining.md compares them.
     algorithm: Literal["grpo", "guard", "nft", "awm", "dpo", "srpo"] = "grpo"
-    # `moving_shapes` generates prompts with facts to judge them by; else a file: YAML with
-    # `prompts:`, or JSON with [{"caption": …}].
+    # `moving_shapes` generates prompts with facts by which they can be scored. Anything else is a
+    # file: YAML with `prompts:`, or JSON with [{"caption": …}].
     prompts: FilePath = GENERATED
     # How many prompts are generated.
     prompt_count: int = 2048
-    # Prompts that samples are drawn for before the model is updated, over all processes.
+    # Number of prompts for which samples are drawn before the model is updated, over all processes.
     prompts_per_epoch: int = 16
     # Samples of one prompt, which are compared with each other.
     group_size: int = 16
     # Samples that go through the network at a time.
     micro_batch: int = 64
-    # Updates made of one epoch's samples.
+    # Updates made from the samples of one epoch.
     updates_per_epoch: int = 1
-    # nft, awm, dpo: noise levels at which each sample is used in an update.
+    # nft, awm, dpo: at how many noise levels each sample is used in an update.
     draws_per_sample: int = 1
     # How samples are drawn.
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -299,29 +304,31 @@ class PosttrainConfig(Section):
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     # grpo, guard, awm: the ratio of the new policy to the old one.
     ratio: RatioConfig = field(default_factory=RatioConfig)
-    # The distance to the model that post-training began from.
+    # The distance to the model from which post-training began.
     kl: KLConfig = field(default_factory=KLConfig)
-    # The algorithm nft.
+    # Settings of the algorithm nft.
     nft: NFTConfig = field(default_factory=NFTConfig)
-    # The algorithm awm.
+    # Settings of the algorithm awm.
     awm: AWMConfig = field(default_factory=AWMConfig)
-    # The algorithm dpo.
+    # Settings of the algorithm dpo.
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    # The algorithm srpo.
+    # Settings of the algorithm srpo.
     srpo: SRPOConfig = field(default_factory=SRPOConfig)
-    # What is rewarded: a list with weights.
+    # The rewards, with their weights.
     rewards: tuple[RewardConfig, ...] = (PromptAccuracy(),)
-    # What evaluation measures; null: prompt_accuracy of generated prompts, else those of `rewards`
-    # that judge a sample alone.
+    # The rewards that evaluation measures; null: prompt_accuracy for generated prompts, else those
+    # of `rewards` that score each sample by itself.
     eval_rewards: tuple[RewardConfig, ...] | None = None
     # Which frames of a clip rewards see in training (-1 is the last); only these are decoded.
-    # Empty: all. Evaluation shows all frames.
+    # Empty: all. In evaluation they see all frames.
     reward_frames: tuple[int, ...] = ()
-    # How many of the seen, and of the held-out prompts evaluation draws; 0 evaluates nothing.
+    # How many prompts, of the seen and of the held-out ones each, evaluation draws; 0 evaluates
+    # nothing.
     eval_prompts: int = 128
     # Epochs between two evaluations.
     eval_every_epochs: int = 10
-    # Stop when the mean squared change of the velocity on fixed probes is larger; 0 never stops.
+    # Stop when the mean squared change of the velocity on fixed samples exceeds this; 0 never
+    # stops.
     max_drift: float = 0.0
     # Compute rewards in a thread, while the next samples are drawn.
     async_rewards: bool = True
@@ -330,7 +337,7 @@ class PosttrainConfig(Section):
         counts = ("prompt_count", "prompts_per_epoch", "micro_batch", "updates_per_epoch")
         least(self, 1, *counts, "draws_per_sample", "eval_every_epochs")
         least(self, 0, "max_drift", "eval_prompts")
-        least(self, 2, "group_size")  # samples of one prompt are compared
+        least(self, 2, "group_size")  # advantages compare samples of one prompt
         if not self.rewards:
             raise ConfigError(
                 "rewards", "is empty; name at least one, for example [{type: prompt_accuracy}]"
@@ -345,7 +352,7 @@ class PosttrainConfig(Section):
         self._check_rollout()
 
     def _check_rollout(self) -> None:
-        """Raise ConfigError for a rollout that the algorithm cannot train on."""
+        """Raise ConfigError for rollout settings on which the algorithm cannot be trained."""
         rollout, algorithm = self.rollout, self.algorithm
         if self.trains_steps and rollout.dynamics == "ode":
             raise ConfigError(
@@ -381,8 +388,8 @@ class PosttrainConfig(Section):
             )
 
     def check_idle(self) -> None:
-        """Raise ConfigError for a key that was changed and has no effect. Only who post-trains
-        asks: what an earlier version trained with such a key can still be sampled."""
+        """Raise ConfigError for a key that was changed but has no effect. Only post-training calls
+        this: a model that an earlier version trained with such a key can still be sampled."""
         for where, section, names in self._idle():
             holder = getattr(self, section) if section else self
             for name, usual in changed_keys(holder, names).items():
@@ -391,8 +398,8 @@ class PosttrainConfig(Section):
                 raise ConfigError(key, f"is {value}, which has no effect {where}; must be {must}")
 
     def _idle(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Yield where, in which section ("": this one), and which keys of it (none: all) have no
-        effect."""
+        """Yield the keys without effect: words that say when, the section ("" for this one), and
+        the names of its keys (none: all of them)."""
         algorithm, offline = f"in {self.algorithm}", self.dpo.source == "offline"
         for section in ("nft", "awm", "dpo", "srpo"):
             if section != self.algorithm:
@@ -435,7 +442,8 @@ class PosttrainConfig(Section):
             yield "where kl.beta is 0", "kl", ("space",)
 
     def check(self, run: Any) -> None:
-        """Refuse what the loops of post-training cannot do, and a model that was never trained."""
+        """Refuse sections that the loops of post-training do not support, and a model that was
+        never trained."""
         for name, section in {"alpha_schedule": run.alpha_schedule, "experts": run.experts}.items():
             if section.enabled:
                 raise ConfigError(
@@ -450,9 +458,9 @@ class PosttrainConfig(Section):
 
     @property
     def evaluation_rewards(self) -> tuple[RewardConfig, ...]:
-        """Return the rewards of evaluation: `eval_rewards`; without these prompt_accuracy for
-        generated prompts, and for written ones the rewards themselves, as far as they judge a
-        sample alone and need no facts."""
+        """Return the rewards of evaluation: `eval_rewards` if given, else prompt_accuracy for
+        generated prompts, and for written ones those `rewards` that score each sample by itself and
+        need no facts."""
         if self.eval_rewards is not None:
             return self.eval_rewards
         if self.prompts == GENERATED:
@@ -465,36 +473,37 @@ class PosttrainConfig(Section):
 
     @property
     def trained_rewards(self) -> tuple[RewardConfig, ...]:
-        """Return the rewards that training asks."""
+        """Return the rewards that training uses."""
         return self.rewards if self.compares_samples else ()
 
     @property
     def compares_samples(self) -> bool:
         """Return whether samples of one prompt are drawn, rewarded and compared. SRPO has a scorer
-        instead, and pairs that are given were compared before."""
+        instead, and the samples of given pairs have been compared already."""
         return self.algorithm != "srpo" and not (self.algorithm == "dpo" and self.dpo.given)
 
     @property
     def in_single_updates(self) -> bool:
-        """Return whether each update stands alone, and is no part of an epoch."""
+        """Return whether updates stand alone instead of forming epochs."""
         return self.algorithm == "srpo" or (
             self.algorithm == "dpo" and self.dpo.source == "offline"
         )
 
     @property
     def trains_steps(self) -> bool:
-        """Return whether steps of trajectories are trained, and not clean latents."""
+        """Return whether the algorithm trains on steps of trajectories, and not on clean
+        latents."""
         return self.algorithm in ("grpo", "guard")
 
     @property
     def keeps_old(self) -> bool:
-        """Return whether a checkpoint holds the copy of the weights that follows the policy."""
+        """Return whether checkpoints hold the copy of the weights that follows the policy."""
         return self.algorithm in ("nft", "awm")
 
     def load_prompts(
         self, seed: int, video: bool, width: int, height: int
     ) -> tuple[Prompts, dict[str, Prompts]]:
-        """Return the prompts to train on, and by name those to evaluate on."""
+        """Return the prompts to train on, and by name the lists of prompts to evaluate on."""
         if self.prompts == GENERATED:
             return generated_prompts(
                 self.prompt_count, seed, video, width, height, self.eval_prompts

@@ -1,4 +1,4 @@
-"""Prompts of post-training, and those that a person has written into a file."""
+"""Lists of prompts for post-training, and reading those that a user has written into a file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from mmdit.foreign import explain_errors
 
 @dataclass(frozen=True)
 class Prompts:
-    """`facts`: what a generated data set knows of each prompt, for rewards that need it. `written`:
-    the whole list of the file that these prompts to train on are from; None: they are all of it."""
+    """A list of prompts. `facts`: what a generated data set knows about each prompt, for rewards
+    that need it. `written`: the whole list of the file, of which these are the prompts to train on;
+    None if they are all of it."""
 
     captions: list[str]
     facts: list[Any] | None = None
@@ -30,9 +31,9 @@ class Prompts:
 
 
 def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]:
-    """Return the prompts of a file to train on, and by name to evaluate on: `seen` and `held_out`,
-    at most `held` of each. Of 16 different prompts or more every eighth is held out, wherever it
-    stands; one that stands twice is trained on twice."""
+    """Return the prompts of a file to train on, and by name those to evaluate on: `seen` and
+    `held_out`, at most `held` of each. If there are 16 different prompts or more, every eighth of
+    these is held out, wherever it occurs. A prompt that occurs twice is trained on twice."""
     captions = read_prompt_list(path)
     if not held:
         return Prompts(captions), {}
@@ -49,8 +50,8 @@ def written_prompts(path: Path, held: int) -> tuple[Prompts, dict[str, Prompts]]
 
 
 def read_prompt_list(path: Path, key: str = "posttrain.prompts") -> list[str]:
-    """Read YAML `prompts: [text, …]` or JSON `[{"caption": text}, …]`. ConfigError under `key`, the
-    name of what named the file."""
+    """Return the prompts of a file: YAML `prompts: [text, …]` or JSON `[{"caption": text}, …]`.
+    ConfigError for any other content; `key` is the config key or option that named the file."""
     try:
         with explain_errors(path, "list of prompts"):
             text = path.read_text(encoding="utf-8-sig")

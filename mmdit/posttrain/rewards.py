@@ -1,6 +1,7 @@
-"""Rewards: what they may look at, the analytic ones, and the pool that runs and checks them. A
-reward is its own configuration: a frozen dataclass in the list `posttrain.rewards`, told apart
-by `type`. To add one: a class, and its name in the union of `posttrain_config`.
+"""Rewards: the samples that they see, the analytic ones, and the pool that runs and checks them.
+
+A reward is its own configuration: a frozen dataclass in the list `posttrain.rewards`, identified by
+its `type`. To add one, write a class, and add its name to the union in `posttrain_config`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What is judged. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same as files have them;
-    `latents` normalised; `draws` key anything random. A reward reads and never changes them."""
+    """The samples that rewards score. `pixels (B, F, 3, H, W)` in [0, 1]; `images`: the same in the
+    form that files have; `latents` are normalised; `groups (B,)` number the prompts; `draws` key
+    anything random. A reward reads these and never changes them."""
 
     captions: list[str]
     latents: Tensor
@@ -37,14 +39,14 @@ class Samples:
 
     @property
     def images(self) -> Tensor | None:
-        """uint8 `(B, F, H, W, 3)` on the CPU: a frame is what `PIL.Image.fromarray(frame.numpy())`
-        takes."""
+        """Return the pixels as uint8 `(B, F, H, W, 3)` on the CPU;
+        `PIL.Image.fromarray(frame.numpy())` takes each frame."""
         if self.pixels is None:
             return None
         return to_shown(self.pixels).movedim(2, -1)
 
     def each(self, change: Callable[[Any], Any]) -> Samples:
-        """Return a copy in which every tensor and every list is what `change` makes of it."""
+        """Return a copy with `change` applied to every tensor and every list."""
         draws = replace(self.draws, indices=change(self.draws.indices))
         values = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor | list)}
         return replace(self, draws=draws, **values)
@@ -54,7 +56,7 @@ class Samples:
         return self.each(lambda v: v.to(device) if isinstance(v, Tensor) else v)
 
     def rows(self, places: Tensor) -> Samples:
-        """Return some of the samples."""
+        """Return the samples at these places."""
 
         def take(values):
             if isinstance(values, list):
@@ -65,27 +67,28 @@ class Samples:
 
 
 def given(value: T | None) -> T:
-    """Return a field of `Samples` that a reward `needs`, and is therefore given."""
+    """Return a field of `Samples` that a reward `needs` and that is therefore not None."""
     assert value is not None, "a reward needs what it looks at"
     return value
 
 
 @dataclass(frozen=True)
 class Reward:
-    """`needs`: fields of `Samples`; `limits`: the values it may give. A groupwise reward sees all
-    samples of one prompt at a time, others `batch` samples (0: all that were drawn together).
-    `device`: where it runs, if not where the model does. `call(samples) -> (B,)`."""
+    """The base of rewards: `call(samples)` returns `(B,)`. `needs`: the fields of `Samples` that it
+    reads; `limits`: the range of its values. A `groupwise` reward sees all samples of one prompt at
+    a time, any other one `batch` samples (0: all that were drawn together). `device`: where it
+    runs, if not on the device of the model."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
     limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
     groupwise: ClassVar[bool] = False
-    # How much it counts; below 0 asks for less of it.
+    # The weight of this reward; a negative one rewards less of it.
     weight: float = 1.0
-    # What reports call it; null is its type. Two rewards of one type need names.
+    # Its name in reports; null is its type. Two rewards of one type need different names.
     name: str | None = None
-    # Samples that it sees at a time; 0 is all that were drawn together.
+    # How many samples it sees at a time; 0 is all that were drawn together.
     batch: int = 0
-    # Where it runs; null is where the model is.
+    # The device on which it runs; null is that of the model.
     device: str | None = None
 
     def __post_init__(self):
@@ -101,7 +104,7 @@ class Reward:
         return self.name or str(getattr(self, "type", ""))
 
     def prepare(self, device: torch.device) -> None:
-        """Load what it needs, once."""
+        """Load what the reward needs; called once."""
 
     def call(self, samples: Samples) -> Tensor:
         raise NotImplementedError
@@ -109,7 +112,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Brightness(Reward):
-    """Mean of the pixels."""
+    """The mean of the pixels."""
 
     # Chooses this reward.
     type: Literal["brightness"] = "brightness"
@@ -125,7 +128,7 @@ class ColorMatch(Reward):
     limits: ClassVar[tuple[float, float]] = (-3.0, 0.0)
     # Chooses this reward.
     type: Literal["color_match"] = "color_match"
-    # The colour, red, green and blue from 0 to 1.
+    # The wanted colour: red, green and blue from 0 to 1.
     target: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     def call(self, samples: Samples) -> Tensor:
@@ -136,7 +139,7 @@ class ColorMatch(Reward):
 
 @dataclass(frozen=True)
 class Sharpness(Reward):
-    """Mean absolute Laplacian, over its largest value 8."""
+    """The mean absolute Laplacian, divided by its largest possible value, 8."""
 
     # Chooses this reward.
     type: Literal["sharpness"] = "sharpness"
@@ -150,7 +153,7 @@ class Sharpness(Reward):
 
 @dataclass(frozen=True)
 class Motion(Reward):
-    """Mean absolute difference of neighbouring frames; 0 for pictures."""
+    """The mean absolute difference of neighbouring frames; 0 for pictures."""
 
     # Chooses this reward.
     type: Literal["motion"] = "motion"
@@ -163,7 +166,7 @@ class Motion(Reward):
 
 @dataclass(frozen=True)
 class LatentNorm(Reward):
-    """exp(-(rms of the latents - 1)²): a reward that needs no decoder."""
+    """exp(-(rms of the latents - 1)²): a reward that needs no decoding."""
 
     needs: ClassVar[tuple[str, ...]] = ("latents",)
     # Chooses this reward.
@@ -175,7 +178,7 @@ class LatentNorm(Reward):
 
 @dataclass(frozen=True)
 class Noise(Reward):
-    """Random: the null run, whose drift is what an algorithm does without any reason."""
+    """A random reward, for the null run: its drift is what an algorithm does without any reason."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     # Chooses this reward.
@@ -187,7 +190,8 @@ class Noise(Reward):
 
 @dataclass(frozen=True)
 class BrightnessRank(Reward):
-    """The place of a sample's brightness within its group, ties alike: a groupwise reward."""
+    """The rank of a sample's brightness within its group, the same for equal values: a groupwise
+    reward."""
 
     groupwise: ClassVar[bool] = True
     # Chooses this reward.
@@ -199,8 +203,8 @@ class BrightnessRank(Reward):
 
 @dataclass
 class RewardPool:
-    """Runs rewards on samples, in a thread while the sampler goes on, or at once with `workers` 0:
-    the same values."""
+    """Runs rewards on samples: in a thread while the sampler goes on, or at once if `workers` is 0,
+    with the same values."""
 
     rewards: tuple
     workers: int = 1
@@ -220,7 +224,7 @@ class RewardPool:
 
     @property
     def needs_pixels(self) -> bool:
-        """Return whether a reward looks at decoded samples."""
+        """Return whether any reward reads decoded samples."""
         return any({"pixels", "images"} & set(reward.needs) for reward in self.rewards)
 
     def total(self, values: dict[str, Tensor]) -> Tensor:
@@ -228,7 +232,8 @@ class RewardPool:
         return added([self.weights[name] * value for name, value in values.items()])
 
     def submit(self, samples: Samples) -> Future:
-        """Return `score(samples)` to come; its error comes with `result()`."""
+        """Return a future of `score(samples)`; its `result()` also raises the errors of the
+        rewards."""
         if self.pool:
             return self.pool.submit(self.score, samples)
         done: Future = Future()
@@ -237,8 +242,8 @@ class RewardPool:
 
     @torch.no_grad()
     def score(self, samples: Samples) -> dict[str, Tensor]:
-        """Return `(B,)` float32 on the CPU by reward. ValueError names the reward whose value is
-        not finite, in its range or (B,)."""
+        """Return the values of each reward, `(B,)` float32 on the CPU. ValueError names a reward
+        whose values are not finite, outside its limits, or of another shape."""
         begin = time.perf_counter()
         values = {reward.label: self._score_one(reward, samples) for reward in self.rewards}
         self.seconds += time.perf_counter() - begin
@@ -266,7 +271,7 @@ class RewardPool:
                 )
             values[rows] = value
         low, high = reward.limits
-        fits = (values >= low - 1e-4) & (values <= high + 1e-4)  # nan does not fit
+        fits = (values >= low - 1e-4) & (values <= high + 1e-4)  # nan fails this, too
         if not fits.all():
             first = int(fits.int().argmin())
             raise ValueError(

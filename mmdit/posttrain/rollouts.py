@@ -1,4 +1,5 @@
-"""Rollouts: samples of the policy for the prompts of an epoch, decoded and given to the rewards."""
+"""Rollouts: samples that the policy draws for the prompts of an epoch, decoded and handed to the
+rewards."""
 
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ from mmdit.rng import Draws, generator
 
 class Rollouts:
     """Draws samples for the prompts of an epoch. Everything random is a function of the seed, the
-    epoch and a sample's place in it, so that ranks draw only their part."""
+    epoch and a sample's place in the epoch, so that each rank draws only its part."""
 
     def __init__(self, setup: Setup, policy: Policy):
         self.setup, self.policy, self.config = setup, policy, setup.config
         self.pool = RewardPool(self.config.rewards, workers=int(self.config.async_rewards))
 
     def epoch_prompts(self, epoch: int) -> Tensor:
-        """Return `(samples,)`: the prompt of every sample of the epoch, over all ranks."""
+        """Return `(samples,)`: the prompt of every sample of the epoch, as its place in the list,
+        over all ranks."""
         order = torch.randperm(
             len(self.setup.prompts), generator=generator(self.setup.seed, "epoch prompts", epoch)
         )
@@ -51,7 +53,7 @@ class Rollouts:
         return tuple(sorted(rollout.candidates[i] for i in order[: rollout.sde_pick or None]))
 
     def storage(self, noisy: tuple[int, ...]) -> Storage:
-        """Return what is kept of a rollout whose steps `noisy` are trained."""
+        """Return the rule for what is kept of a rollout whose steps `noisy` are trained."""
         storage, steps = self.config.storage, self.config.rollout.steps
         dtype = torch.bfloat16 if storage.dtype == "bf16" else torch.float32
         return Storage(steps, noisy, dtype, everything=storage.positions == "all")
@@ -65,13 +67,14 @@ class Rollouts:
         storage: Storage | None = None,
         first: Draws | None = None,
     ) -> Trajectory:
-        """Sample along `times`: the steps `noisy` by the configured dynamics, the others by the
-        ODE. Each state is rounded as it is stored before anything is computed from it; means of
-        noisy steps are kept as `mean`. `first` keys the noise at t = 1, if not `draws`."""
+        """Return a trajectory sampled along `times`: the steps `noisy` follow the configured
+        dynamics, the others the ODE. Each state is rounded to the stored dtype before anything is
+        computed from it; the means of trained steps are kept as well. `first` keys the noise at the
+        first time; without it `draws` does."""
         rollout, times, shape = self.config.rollout, self.setup.times, self.setup.shape
         trajectory = Trajectory(storage or Storage(rollout.steps))
         noise = (first or draws).normal("rollout", *shape)
-        # as large as a state at the first time is, where that is not 1: see `diffusion.sample`
+        # scaled to the size of a state at the first time if that is not 1: see `diffusion.sample`
         x = trajectory.put(0, noise * math.hypot(1 - times[0], times[0]))
         for index, t in enumerate(times[:-1]):
             method = rollout.dynamics if index in noisy else "ode"
@@ -85,8 +88,8 @@ class Rollouts:
 
     @torch.no_grad()
     def collect(self, epoch: int, weights: dict[str, Tensor] | None = None) -> list[Rollout]:
-        """Return this rank's rollouts of an epoch, their rewards to come. `weights`: of a copy that
-        samples in place of the policy."""
+        """Return this rank's rollouts of an epoch; their rewards are still being computed.
+        `weights`: those of a copy that samples in place of the policy."""
         setup, config = self.setup, self.config
         prompts, noisy = self.epoch_prompts(epoch), self.noisy_steps(epoch)
         storage = self.storage(noisy)
@@ -116,9 +119,9 @@ class Rollouts:
         return rollouts
 
     def decode(self, clean: Tensor) -> Tensor:
-        """Return the pixels of `reward_frames`, or of all frames. No more is decoded than they
-        need: with a tokenizer of single frames only those, with one along time all that comes
-        before the last of them."""
+        """Return the pixels of `reward_frames`, or of all frames if that is empty. Only what they
+        need is decoded: these frames alone if the tokenizer encodes single frames, else all latent
+        frames up to the last one needed."""
         setup, spec = self.setup, self.setup.learner.spec
         places = [place % setup.frames for place in self.config.reward_frames]
         if places and spec.temporal == 1:
@@ -129,7 +132,7 @@ class Rollouts:
         return (pixels[:, places] if places else pixels).float()
 
     def gather_rewards(self, rollouts: list[Rollout]) -> dict[str, Tensor]:
-        """Return the rewards of the whole epoch, `(samples,)` by name, on every rank."""
+        """Return, on every rank, the rewards of the whole epoch, `(samples,)` float64 by name."""
         total, device = self.config.prompts_per_epoch * self.config.group_size, self.setup.device
         whole = {
             name: torch.zeros(total, dtype=torch.float64, device=device)

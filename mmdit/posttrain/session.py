@@ -1,4 +1,4 @@
-"""A built run of post-training: its setup and the parts that work on it."""
+"""A run of post-training that is ready to start: its setup, and the parts that work on it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ HISTORY_FILE = "marks"
 
 
 def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
-    """Give each parameter its mean gradient over all processes. One that has none, as a process
-    without a pair in DPO, counts as zero where another process has one."""
+    """Replace the gradient of each parameter by its mean over all processes. A process without a
+    gradient for it, as one without a pair in DPO, counts as zero if another process has one."""
     there = world.gather([p.grad is not None for p in parameters])
     moved = [p for p, *flags in zip(parameters, *there, strict=True) if any(flags)]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in moved]
@@ -35,7 +35,7 @@ def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
 
 
 class Session(Setup):
-    """What the algorithms work with."""
+    """A setup together with the parts with which the algorithms work."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,15 +45,15 @@ class Session(Setup):
         self.rollouts = Rollouts(self, self.policy)
         self.stop_rules = StopRules(self, self.policy, self.rollouts)
         self.log: MetricsLog | None = None
-        self.moving = False  # between the old weights and the new ones
+        self.moving = False  # whether an update is under way
 
     def update(self) -> dict[str, float]:
-        """Take an optimizer step with the gradients that micro-batches have summed up, their mean
-        over ranks, and return what to report of it."""
+        """Take an optimizer step with the gradients that the micro-batches have summed up, averaged
+        over ranks, and return numbers to report."""
         state, train, world = self.state, self.train, self.world
         optimizer = state.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if world.size > 1 and not self.learner.sharded:  # of shards the mean is there already
+        if world.size > 1 and not self.learner.sharded:  # sharded gradients are averaged already
             average_gradients(parameters, world)
         optimizer.set_lr(train.learning_rate().at(state.step + 1))
         self.moving = True
@@ -67,7 +67,7 @@ class Session(Setup):
         return {"grad_norm": norm.item(), "skipped": skipped.item()}
 
     def files(self) -> Files:
-        """Return what a checkpoint holds, for an exact resume."""
+        """Return the contents of a checkpoint from which a run can resume exactly."""
         files = self.state.files()
         if self.config.keeps_old:
             files["old"] = self.policy.old
@@ -76,8 +76,8 @@ class Session(Setup):
         return files
 
     def restore(self, folder: Path) -> list[str]:
-        """Continue from a checkpoint; the reference stays the model that the first run began from.
-        Return what to tell a person."""
+        """Continue from a checkpoint; the reference stays the model from which the first run began.
+        Return lines to print."""
         if self.config.keeps_old and not any(folder.glob("old*")):
             raise ValueError(
                 f"{folder} has no slow copy of the weights, which posttrain.algorithm"
@@ -93,8 +93,8 @@ class Session(Setup):
         return lines + self.evaluator.continue_from(self.history)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the evaluation rewards, having saved the weights apart if they are the best so
-        far."""
+        """Return the evaluation rewards; if they are the best so far, the weights have been saved
+        separately."""
         values = self.evaluator.evaluate()
         if self.evaluator.is_best(values):
             self.save(self.files(), True)
@@ -102,7 +102,7 @@ class Session(Setup):
 
     def report(self, values: dict[str, float], ended_by: str = "") -> None:
         """Log the numbers of an epoch and print them as one line, on the main rank. `ended_by`: the
-        stop rule that ends the run with it."""
+        stop rule that ends the run with this epoch."""
         if self.log:
             self.log.write(values | ({ENDED_BY: ended_by} if ended_by else {}))
             words = [f"{name} {value:.4g}" for name, value in values.items() if name != "step"]

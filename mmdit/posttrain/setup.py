@@ -1,5 +1,5 @@
-"""Hold what a run of post-training is built from, with the checks that need more than its
-config."""
+"""Hold everything from which a run of post-training is built, with the checks that need more than
+its config."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 
-Files = dict[str, dict[str, Tensor]]  # of a checkpoint: name without suffix → tensors
+Files = dict[str, dict[str, Tensor]]  # contents of a checkpoint: name without suffix → tensors
 
 
 @dataclass(kw_only=True)
 class Setup:
-    """Everything that a run is built from. The text encoder is frozen and the network stays in
-    evaluation mode, so that scoring a rollout again gives exactly what was sampled. Of two
-    experts the learner holds the trained one; rollouts use `model`, both of them (None: the
-    learner's).
+    """Everything from which a run is built. The text encoder is frozen and the network stays in
+    evaluation mode, so that scoring a rollout again reproduces exactly what was sampled. With two
+    experts, the learner holds the trained one, and rollouts use `model`, which holds both (None:
+    the learner's).
 
-    `save(files, best)` writes a checkpoint, with `best` the weights alone. `history` holds scalars
-    that a resumed run must know: `best` (score and update of the best evaluation) and `measure`
-    (what that score is of), and of SRPO
-    `std` and `latent_std` (the latents' deviation at first and now) and `invert` (the first score
-    of that branch). `start`: the check sum of the networks and prompts that the run began from.
+    `save(files, best)` writes a checkpoint, with `best` only the weights. `history` holds scalars
+    that a resumed run must know: `best` (score and update of the best evaluation) and `measure` (a
+    check sum of what that score measures); for SRPO also `std` and `latent_std` (the deviation of
+    the latents at first and now) and `invert` (the first score of that branch). `start`: a check
+    sum of the networks and prompts from which the run began.
     """
 
     config: PosttrainConfig
@@ -90,13 +90,13 @@ class Setup:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextTokens:
-        """Return what the network is given of prompts: they have the trigger word, as captions had
-        in training. Rewards judge by the prompts as they are."""
+        """Return the text tokens of prompts, with the trigger word, as captions had it in training.
+        Rewards see the prompts as they were written."""
         texts = [with_trigger(caption, self.captions) for caption in captions]
         return self.learner.text_encoder(texts).to(self.device)
 
     def _check_sizes(self) -> None:
-        """Raise ConfigError for counts and frames that do not fit each other."""
+        """Raise ConfigError for counts and frames that do not fit together."""
         config, srpo = self.config, self.config.algorithm == "srpo"
         if srpo:
             check_shares(config.prompts_per_epoch, self.world.size)
@@ -122,7 +122,8 @@ class Setup:
             )
 
     def _check_groups(self) -> None:
-        """Raise ConfigError for counts with which samples cannot be compared in whole groups."""
+        """Raise ConfigError for counts that would keep samples from being compared in whole
+        groups."""
         config = self.config
         self.micro_batches = check_geometry(
             config.prompts_per_epoch,
@@ -140,8 +141,8 @@ class Setup:
             )
 
     def _prepare_rewards(self) -> None:
-        """Let the rewards that will be asked load what they need. ConfigError: one of them needs
-        facts, which these prompts do not have."""
+        """Prepare the rewards that this run will use. ConfigError if one of them needs facts that
+        these prompts do not have."""
         config = self.config
         asked = {"rewards": config.trained_rewards}
         if self.evaluated:

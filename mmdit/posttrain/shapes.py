@@ -1,5 +1,5 @@
-"""Give post-training what it knows of moving shapes, the generated data set: prompts that come with
-their facts, a reward that compares pictures with them, and a scorer of colour words."""
+"""What post-training knows about moving shapes, the generated data set: prompts with facts, a
+reward that compares pictures with these, and a scorer of colour words."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def generated_prompts(
 
 @dataclass(frozen=True)
 class PromptAccuracy(Reward):
-    """The moving-shapes oracle: `partial` of the reward is the share of right attributes, the rest
-    is for all of them."""
+    """The moving-shapes oracle: the part `partial` of the reward is the share of right attributes;
+    the rest is given if all of them are right."""
 
     needs: ClassVar[tuple[str, ...]] = ("pixels", "facts")
     # Chooses this reward.
     type: Literal["prompt_accuracy"] = "prompt_accuracy"
-    # So much of the reward is the share of right attributes; the rest is for having all of them
-    # right.
+    # This part of the reward is the share of right attributes; the rest is given only if all of
+    # them are right.
     partial: float = 0.0
 
     def call(self, samples: Samples) -> Tensor:
@@ -59,14 +59,14 @@ class PromptAccuracy(Reward):
 
 @dataclass(frozen=True)
 class ColorWords:
-    """A scorer of texts for SRPO: how far the mean colour lies in the direction of the colours that
-    the text names, from grey. Bounded, differentiable, no weights."""
+    """A scorer of texts for SRPO: how far the mean colour lies from grey in the direction of the
+    colours that the text names. It is bounded and differentiable, and has no weights."""
 
-    # Chooses the words of colours.
+    # Chooses the scorer by colour words.
     type: Literal["color_words"] = "color_words"
 
     def prepare(self, device: torch.device) -> None:
-        """Load nothing: there are no weights."""
+        """Do nothing: there are no weights to load."""
 
     def __call__(self, pixels: Tensor, texts: list[str]) -> Tensor:
         directions = {}

@@ -1,5 +1,5 @@
-"""SRPO: ascend a differentiable, relative reward of words through one network call at a drawn noise
-level."""
+"""SRPO: raise a differentiable, relative score of words by its gradient through one network call at
+a drawn noise level."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mmdit.rng import Draws, generator
 
 def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
     """Return a function that makes one update: prompts_per_epoch samples share one noise, one noise
-    level and one pair of words, and each goes through the branches.
+    level and one pair of words, and each goes through all branches.
 
-    The denoise branch is left alone above `hinge`. The invert branch scores with swapped words and
-    falls as training succeeds, so it ends when it lies `hinge` below where it began, the mean of
-    all samples of the first update; it would never end otherwise.
+    The denoise branch does not train samples that score above `hinge`. The invert branch scores
+    with swapped words, so its score falls as training succeeds, without a natural end; it stops for
+    samples that score more than `hinge` below the mean of the first update.
     """
     config, settings, world = session.config, session.config.srpo, session.world
     cache = real_latents(session) if settings.latents else None
@@ -42,7 +42,7 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
         per_rank = len(places) / world.size
         numbers: dict[str, list[Tensor]] = defaultdict(list)
         for rows in places[world.rank :: world.size].split(config.micro_batch):
-            # the same noise for all
+            # all samples get the same noise
             draws = Draws(session.seed, step, torch.zeros_like(rows, device=session.device))
             text, captions, clean = beginnings(session, cache, rows, draws)
             noise = draws.normal("rollout", *session.shape)
@@ -85,8 +85,8 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
 def beginnings(
     session: Session, cache: LatentCache | None, rows: Tensor, draws: Draws
 ) -> tuple[TextTokens, list[str], Tensor]:
-    """Return text, captions and clean normalised latents of some rows: of the cache (the beginning
-    of longer clips), or drawn by the policy for prompts."""
+    """Return text, captions and clean normalised latents of the given rows: from the cache (the
+    beginning of longer clips), or drawn by the policy for prompts."""
     if cache:
         captions = [cache.captions[i] for i in rows.tolist()]
         text = session.encode(captions)
@@ -98,8 +98,8 @@ def beginnings(
 
 
 def real_latents(session: Session) -> LatentCache:
-    """Open the cache `srpo.latents`. ConfigError: it is of another tokenizer or size, or has too
-    few items."""
+    """Return the opened cache `srpo.latents`. ConfigError if it is of another tokenizer or size, or
+    has too few items."""
     path, wanted = session.config.srpo.latents, session.shape
     least = session.config.prompts_per_epoch
     assert path is not None, "asked for where it is named"
@@ -127,8 +127,8 @@ def real_latents(session: Session) -> LatentCache:
 
 
 def check_pace(cache: LatentCache, video: VideoConfig) -> None:
-    """Raise ConfigError for real clips that move at another pace than `video` says: their first
-    frames are taken as they lie in the cache."""
+    """Raise ConfigError for a cache of real clips that move at another speed than `video` says:
+    their first frames are taken as they lie in the cache."""
     if video.num_frames == 1:
         return
     plan = cache.manifest.clip_plan

@@ -1,4 +1,4 @@
-"""Measure how far the policy has moved, and when it must go no further."""
+"""Measure how far the policy has moved, and decide when training must stop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mmdit.posttrain.rollouts import Rollouts
 from mmdit.posttrain.setup import Setup
 from mmdit.rng import Draws
 
-PROBES = 32  # samples on which the drift is measured
+PROBES = 32  # number of samples on which the drift is measured
 PROBE_LEVELS = (0.9, 0.6, 0.3)
 
 
 class StopRules:
-    """Measures the drift, and compares it and the growth of SRPO's latents with their limits."""
+    """Measures the drift, and compares it, and the growth of SRPO's latents, with their limits."""
 
     def __init__(self, setup: Setup, policy: Policy, rollouts: Rollouts):
         self.setup, self.policy, self.rollouts = setup, policy, rollouts
@@ -38,7 +38,7 @@ class StopRules:
     @torch.no_grad()
     def drift(self) -> float:
         """Return the mean squared change of the velocity since the start, on fixed samples of the
-        first model at fixed noise levels."""
+        initial model at fixed noise levels."""
         if self._text is None:
             self._text = self._make_probes()
         velocity = self.policy.velocity(self._text)
@@ -46,9 +46,9 @@ class StopRules:
         return sum(changes) / len(changes)
 
     def reason(self, drift: float) -> str | None:
-        """Return why training must not go on, None if it may, the same on every rank. Checkpoints
-        hold all that is compared, so that a run which a stop rule ended has ended after a resume,
-        too."""
+        """Return why training must stop, or None if it may go on; all ranks agree on which.
+        Checkpoints hold everything that is compared, so a run that a stop rule ended stays ended
+        after a resume."""
         reason = self._reason(drift)
         if self.setup.world.any(reason is not None):
             return reason or "another process found a reason to"

@@ -1,5 +1,5 @@
-"""The noise levels of the trained network: all of them, or those of one of two experts. In a
-rollout the frozen expert is asked at the others."""
+"""The noise levels of the trained network: all of them, or those of one of two experts. At the
+others, a rollout calls the frozen expert."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmdit.posttrain.posttrain_config import PosttrainConfig
 
 @dataclass(frozen=True)
 class TrainedLevels:
-    """`model`: the network of rollouts; `expert`: the name of the one that is trained in
-    `model.networks()`, "" for the only one."""
+    """Tells the trained noise levels from the others. `model`: the network of rollouts; `expert`:
+    the name in `model.networks()` of the network that is trained, "" if it is the only one."""
 
     model: Denoiser
     expert: str
@@ -28,31 +28,31 @@ class TrainedLevels:
 
     @property
     def boundary(self) -> float | None:
-        """Return the noise level between two experts, None for one network."""
+        """Return the noise level that divides two experts; None for a single network."""
         return self.model.boundary.time if isinstance(self.model, Experts) else None
 
     @property
     def between(self) -> tuple[float, float]:
-        """Return the range of the trained noise levels: the clean end, the noisy end."""
+        """Return the range of the trained noise levels, as (clean end, noisy end)."""
         clean, noisy = self.objective.t_range
         if self.boundary is None:
             return clean, noisy
         return (self.boundary, noisy) if self.expert == "high" else (clean, self.boundary)
 
     def probes(self, usual: Sequence[float]) -> list[float]:
-        """Return those of the `usual` noise levels that are trained; where none is, as many at the
-        same shares of the trained range."""
+        """Return those of the `usual` noise levels that are trained. If none is, return as many
+        levels, at the same relative positions within the trained range."""
         clean, noisy = self.between
         inside = [level for level in usual if clean <= level <= noisy and self.contains(level)]
         return inside or [clean + (noisy - clean) * share for share in usual]
 
     def contains(self, level: float | Tensor) -> bool:
-        """Return whether the trained network is asked at a noise level, as sampling decides it."""
+        """Return whether sampling would call the trained network at a noise level."""
         return self.model.expert_at(self.objective.network_time(level)) == self.expert
 
     def inside(self, levels: Tensor) -> Tensor:
-        """Return float32 `levels` that were drawn for the trained network, with those put back that
-        rounding took over the boundary."""
+        """Return float32 `levels` that were drawn for the trained network; any that rounding took
+        over the boundary are moved back."""
         if self.boundary is None:
             return levels
         high = self.expert == "high"
@@ -62,8 +62,8 @@ class TrainedLevels:
         return levels.clamp(min=edge.item()) if high else levels.clamp(max=edge.item())
 
     def check(self, config: PosttrainConfig, times: list[float]) -> None:
-        """Raise ConfigError unless the noise levels that are trained are the trained network's, and
-        such as it has learnt before. `times` are those of a rollout."""
+        """Raise ConfigError unless the noise levels to be trained belong to the trained network,
+        and were part of its training before. `times` are those of a rollout."""
         window, width = config.srpo.sigma_window, config.srpo.step
         least, most = self.objective.t_range
         if (

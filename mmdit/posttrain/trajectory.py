@@ -1,5 +1,7 @@
-"""Keep what is needed of a rollout, and say where, and for how many bytes. Positions 0 … T are
-states (0 noise, T clean), steps 0 … T - 1 lie between them."""
+"""Keep the parts of a rollout that are needed, and know how many bytes they take.
+
+Positions 0 … T are states (0 noise, T clean); steps 0 … T - 1 lie between them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Storage:
-    """What is kept of a rollout: states in `dtype` and, in float32, the means of the steps that are
-    `trained`. Training reads both ends of each of these, the reward the clean end; `everything`
-    keeps the other states, too."""
+    """The rule for what is kept of a rollout: states in `dtype` and, in float32, the means of the
+    steps that are `trained`. Training reads the states at both ends of these steps, and rewards the
+    clean end; with `everything`, the other states are kept, too."""
 
     steps: int
     trained: tuple[int, ...] = ()
@@ -29,12 +31,13 @@ class Storage:
         return {self.steps, *self.trained, *(index + 1 for index in self.trained)}
 
     def bytes(self, dimensions: int) -> int:
-        """Return the size of one sample with `dimensions` latent values."""
+        """Return the size in bytes of what is kept of one sample with `dimensions` latent
+        values."""
         return dimensions * (self.dtype.itemsize * len(self.positions) + 4 * len(self.trained))
 
 
 class Trajectory:
-    """States `(B, ...)` by position and means by step, as far as `storage` keeps them."""
+    """The states `(B, ...)` by position and the means by step, as far as `storage` keeps them."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
@@ -42,8 +45,9 @@ class Trajectory:
         self.means: dict[int, Tensor] = {}
 
     def put(self, position: int, x: Tensor) -> Tensor:
-        """Keep `x` if it is wanted, and return it rounded as storage rounds it: the sampler goes on
-        from there, kept or not, so that what is scored later is what was sampled."""
+        """Keep `x` if `storage` does, and return it rounded to the stored dtype. The sampler
+        continues from the rounded state, kept or not, so that what is scored later is what was
+        sampled."""
         rounded = x.to(self.storage.dtype)
         if position in self.storage.positions:
             self.states[position] = rounded
@@ -55,7 +59,8 @@ class Trajectory:
             self.means[index] = mean.float()
 
     def get(self, position: int) -> Tensor:
-        """Return a state as float32. ValueError names the positions that are stored."""
+        """Return the state at `position` as float32. ValueError names the positions that are
+        stored."""
         if position not in self.states:
             raise ValueError(f"position {position} is not stored; there are {sorted(self.states)}")
         return self.states[position].float()
@@ -75,9 +80,9 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One micro-batch of samples: `prompts (B,)` are places in the prompt list, which also tell the
-    groups that are compared (two places may have the same words), `indices (B,)` places in the
-    epoch; `rewards`: to come, `(B,)` by name."""
+    """One micro-batch of samples. `prompts (B,)`: places in the prompt list, which also tell the
+    groups that are compared (two places may hold the same words); `indices (B,)`: places in the
+    epoch; `rewards`: a future of `(B,)` by name."""
 
     trajectory: Trajectory
     prompts: Tensor

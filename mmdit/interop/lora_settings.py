@@ -31,8 +31,8 @@ use_effective_conv2d
 """
 CHECKED = {"init_lora_weights", "bias"}
 KNOWN = CHECKED.union(USED.split(), NEUTRAL.split())
-# values of init_lora_weights that leave the base as it is
 MOST_REPEATS = 4  # of parts in the pattern of a layer's name
+# values of init_lora_weights that leave the base as it is
 BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 

@@ -793,6 +793,11 @@ CLIPS = ["video.num_frames=4", "model.temporal_position=false"]
             "alpha_schedule.ramp_steps",
             "on_change is preserve",
         ),
+        (
+            [*ADAPTED, "posttrain={}", "lora.dropout=0.1"],
+            "lora.dropout",
+            "posttrain: what is scored again must be what was drawn",
+        ),
     ],
 )
 def test_keys_without_a_part_in_a_training_are_told(shop, words, keys, reason):

@@ -44,6 +44,11 @@ def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]
     if config.alpha_schedule.enabled and config.alpha_schedule.on_change != "ramp":
         reason = f"alpha_schedule.on_change is {config.alpha_schedule.on_change}"
         yield reason, "alpha_schedule", ("ramp_steps",)
+    if config.posttrain:
+        reason = "posttrain: what is scored again must be what was drawn, so nothing is dropped"
+        yield reason, "model", ("dropout",)
+        if config.lora.enabled:
+            yield reason, "lora", ("dropout", "rank_dropout")
     if config.posttrain and not config.posttrain.eval_prompts:
         names = ("eval_rewards", "eval_every_epochs")
         yield "posttrain.eval_prompts is 0", "posttrain", names

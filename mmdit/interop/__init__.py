@@ -1,2 +1,2 @@
-"""Foreign weights: names, layouts and files of others to and from our models. Nothing that is read
-is executed."""
+"""Read and write weights of other projects: their names, layouts and file formats, converted to and
+from our models. Nothing that is read is executed."""

@@ -1,5 +1,5 @@
 """CLIP from local weights: a folder in the transformers layout, or HPS v2 as an OpenCLIP state dict
-over the folder of the CLIP ViT-H. Similarities are cosines; weights are read without executing
+over the folder of the CLIP ViT-H. Similarities are cosines. Weights are read without executing
 anything."""
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Similarity(nn.Module):
-    """`similarity(pixels (B, F, 3, H, W), texts) -> (B,)`: cosines of picture and text features,
-    mean over frames. Differentiable in the pixels; the network is frozen. ValueError: `folder` is
-    no CLIP in the transformers layout."""
+    """`similarity(pixels (B, F, 3, H, W), texts)` returns `(B,)`: the cosines of picture and text
+    features, averaged over frames. It is differentiable in the pixels; the network is frozen.
+    ValueError if `folder` holds no CLIP in the transformers layout."""
 
     def __init__(self, folder: str | Path, weights: str | Path | None = None):
         super().__init__()
@@ -48,12 +48,12 @@ class Similarity(nn.Module):
                 folder, local_files_only=True, trust_remote_code=False
             )
         missing = sorted(report["missing_keys"])
-        if missing and weights is None:  # the library would draw them
+        if missing and weights is None:  # the library would draw random ones
             raise ValueError(
                 f"{folder} lacks {len(missing)} tensors of CLIP, first {missing[0]}: it is"
                 " incomplete; fetch it again"
             )
-        self.clip = clip.float()  # some files are of half precision, and stay so as they are read
+        self.clip = clip.float()  # half-precision files stay in half precision when read
         if weights is not None:
             with explain_errors(weights, "HPS state dict of OpenCLIP"):
                 stored = dict(Checkpoint(weights).tensors())
@@ -65,11 +65,12 @@ class Similarity(nn.Module):
 
     @property
     def size(self) -> int:
-        """Return the side of the pictures that the network is given."""
+        """Return the side, in pixels, of the square pictures that the network takes."""
         return self.clip.config.vision_config.image_size
 
     def picture_features(self, pixels: Tensor) -> Tensor:
-        """Return `(N, D)` of `pixels (N, 3, H, W)` in [0, 1], in the space that texts share."""
+        """Return the features `(N, D)` of `pixels (N, 3, H, W)` in [0, 1], in the space that they
+        share with texts."""
         images = square(pixels.float(), self.size)
         standard = Standard(CLIP, images.device).to_standard(images)
         return self.clip.visual_projection(
@@ -77,7 +78,8 @@ class Similarity(nn.Module):
         )
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """Return `(N, D)` of texts, which are cut where CLIP ends; that is said once."""
+        """Return the features `(N, D)` of texts. Texts longer than CLIP's context are cut, with one
+        warning."""
         clip = self.clip
         unique = list(dict.fromkeys(texts))
         longest = clip.config.text_config.max_position_embeddings
@@ -111,7 +113,7 @@ class Similarity(nn.Module):
         return (seen.unflatten(0, (len(pixels), -1)) * said[:, None]).sum(-1).mean(1)
 
 
-# parts of names in OpenCLIP, and what they are in transformers
+# parts of names in OpenCLIP, and the corresponding parts in transformers
 OPEN_CLIP = (
     (r"^visual\.proj$", "visual_projection.weight"),
     (r"^text_projection$", "text_projection.weight"),
@@ -133,7 +135,7 @@ OPEN_CLIP = (
 
 def from_open_clip(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return OpenCLIP weights under the names of transformers, which `expected` has. ValueError
-    names a tensor that no OpenCLIP model has."""
+    names a tensor that does not belong to an OpenCLIP model."""
     result = {name: value for name, value in expected.items() if name.endswith("position_ids")}
     for name, value in state.items():
         new = name
@@ -142,7 +144,7 @@ def from_open_clip(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dic
         if "projection" in new:
             value = value.T
         parts = {new: value}
-        if "in_proj_" in new:  # one matrix of queries, keys and values
+        if "in_proj_" in new:  # one matrix for queries, keys and values
             names = [new.replace("in_proj_", f"{letter}_proj.") for letter in "qkv"]
             parts = dict(zip(names, value.chunk(3)))
         if name != "attn_mask":

@@ -41,11 +41,11 @@ from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.weights import Checkpoint
 
 TOKENIZER, PIXELS = "tokenizer", "pixels"
-PIXEL_SIDE, PIXEL_FRAMES = 16, 3  # of what is compared pixel by pixel
+PIXEL_SIDE, PIXEL_FRAMES = 16, 3  # the small pictures that are compared pixel by pixel
 ClipRule = Literal["middle", "halves"]
 PICTURE_NETWORKS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 INCEPTION_PART, I3D_PART = "Mixed_7c.branch_pool.conv.weight", "Mixed_5c.b3b.conv3d.weight"
-PAPER_COUNTS = {  # with how many samples the distances of papers are made
+PAPER_COUNTS = {  # with how many samples papers compute these distances
     "inception": "50,000 samples, all pictures of the training set (Heusel et al. 2017)",
     "i3d": "2,048 clips of 16 frames on both sides (StyleGAN-V's protocol of FVD)",
     "clip": "50,000 samples (clean-fid's FID-CLIP)",
@@ -56,10 +56,12 @@ PAPER_COUNTS = {  # with how many samples the distances of papers are made
 
 @dataclass
 class Encoder:
-    """`encoder(pixels (N, F, 3, H, W) in [0, 1]) -> (N, D)` float32, frozen. `facts`: what a result
-    must say of it. `reads`: whether `network` takes pictures `(N, 3, H, W)` or whole clips. Of a
-    clip, a network of pictures sees the middle frame; or, with `halves`, all of them: the features
-    are their means over the first and over the second half of the frames, side by side.
+    """`encoder(pixels (N, F, 3, H, W) in [0, 1])` returns frozen features `(N, D)` float32.
+
+    `facts`: what a result must say about it. `reads`: whether `network` takes pictures `(N, 3, H,
+    W)` or whole clips. Of a clip, a network for pictures sees the middle frame; with `halves` it
+    sees all frames, and the features are their means over the first and over the second half of the
+    frames, concatenated.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Encoder:
     device: torch.device
     facts: dict[str, Any] = field(default_factory=dict)
     halves: bool = False
-    tokenizer: Tokenizer | None = None  # that gives the features, where it is one
+    tokenizer: Tokenizer | None = None  # if the features come from one
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ class Encoder:
 
     @torch.no_grad()
     def of_frames(self, pixels: Tensor) -> Tensor:
-        """Return the features `(N, F, D)` of every frame. ValueError: it reads whole clips."""
+        """Return the features `(N, F, D)` of every frame. ValueError if the encoder reads whole
+        clips."""
         if self.reads == "clips":
             raise ValueError(f"{self.name} reads whole clips, and has no features of one frame")
         frames = self.network(pixels.to(self.device).flatten(0, 1)).float().cpu()
@@ -89,8 +92,8 @@ class Encoder:
 
 
 def joined_halves(frames: Tensor) -> Tensor:
-    """Return `(N, 2 D)` of the features `(N, F, D)` of frames: their means over the first and over
-    the second half. ValueError: there is one frame."""
+    """Return `(N, 2 D)` from the features `(N, F, D)` of frames: their means over the first and
+    over the second half, concatenated. ValueError if there is a single frame."""
     if frames.shape[1] < 2:
         raise ValueError("clips=halves needs clips, of two frames at least; set --frames")
     return torch.cat([half.mean(1) for half in frames.tensor_split(2, dim=1)], 1)
@@ -104,10 +107,12 @@ def open_encoder(
     clips: ClipRule = "middle",
     tokenizer: Tokenizer | None = None,
 ) -> Encoder:
-    """Return the encoder at `weights`, a path, `tokenizer` or `pixels`. `name`: of a network of
-    timm, whose file has no other sign. `resize`: for Inception and I3D [tensorflow]. `tokenizer`:
-    what that word stands for; without one the tokenizer that comes with mmdit. ValueError: there is
-    none, it does not fit, or it would run code.
+    """Return the encoder at `weights`, which is a path, `tokenizer` or `pixels`.
+
+    `name`: the architecture, for a file of timm, which does not reveal it. `resize`: for Inception
+    and I3D, "tensorflow" if not given. `tokenizer`: the one that the word stands for; without it,
+    the one that comes with mmdit. `clips`: see `Encoder.halves`. ValueError if there is no such
+    encoder, it does not fit, or it would run code.
     """
     path, device, is_published = find(weights), torch.device(device), False
     if name:
@@ -138,14 +143,14 @@ def open_encoder(
 
 
 def _model_type(path: Path) -> str:
-    """Return what a config.json at `path` says that it is of; "" if there is none."""
+    """Return the model_type in the config.json at `path`; "" if there is none."""
     if not (path / "config.json").is_file():
         return ""
     return str(read_json(path / "config.json", "config of an encoder").get("model_type", ""))
 
 
 def digest(files: list[Path]) -> str:
-    """Return the SHA-256 of files, one behind the other."""
+    """Return the SHA-256 of the concatenated contents of files."""
     result = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -154,7 +159,7 @@ def digest(files: list[Path]) -> str:
 
 
 def _facts(weights: Checkpoint, resize: str, size: int, normalisation: str, paper: str) -> dict:
-    """Return what a result says of an encoder."""
+    """Return what a result says about an encoder."""
     facts = {
         "weights": str(weights.path),
         "weights_sha256": digest(weights.files),
@@ -176,9 +181,10 @@ def _vtp(folder: Path | None, device: torch.device) -> Tokenizer:
 
 
 def pooled_latents(latents: Tensor) -> Tensor:
-    """Return features `(N, 5 C)` of raw latents `(N, f, h, w, C)` of pictures, `(N, 10 C)` of
-    clips: their means over the four quarters of the picture, and their deviation over all of it; of
-    a clip for the first and the second half of its latent frames, side by side."""
+    """Return features of raw latents `(N, f, h, w, C)`: `(N, 5 C)` for pictures, `(N, 10 C)` for
+    clips. They are the means over the four quarters of the picture, and the deviation over all of
+    it; for clips, these over the first and over the second half of the latent frames,
+    concatenated."""
     parts = []
     for half in latents.tensor_split(min(2, latents.shape[1]), dim=1):
         frame = rearrange(half.mean(1), "n h w c -> n c h w")
@@ -204,9 +210,9 @@ def _tokenizer(tokenizer: Tokenizer, device: torch.device) -> Encoder:
 
 # ── pixels ────────────────────────────────────────────────────────────────────────────────────────
 def small_pixels(pixels: Tensor) -> Tensor:
-    """Return `(N, D)` of unit pixels `(N, F, 3, H, W)`: a picture, or the first, the middle and the
-    last frame of a clip, at 16 x 16, divided by √D. So the Euclidean distance of two items is the
-    root mean square of the differences of their small pixels, from 0 to 1."""
+    """Return `(N, D)` from unit pixels `(N, F, 3, H, W)`: the picture, or the first, middle and
+    last frame of a clip, at 16 x 16, divided by √D. The Euclidean distance of two items is thus the
+    root mean square difference of their small pixels, from 0 to 1."""
     frames = pixels.shape[1]
     places = torch.linspace(0, frames - 1, min(frames, PIXEL_FRAMES)).round().long()
     shown = pixels[:, places.to(pixels.device)].flatten(0, 1)
@@ -235,7 +241,7 @@ def _timm(name: str, path: Path, device: torch.device) -> Encoder:
 
 
 def _refuse_program(path: Path) -> None:
-    """Raise ValueError for TorchScript, whose code would be run."""
+    """Raise ValueError for TorchScript, whose code would run."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -249,7 +255,7 @@ def _refuse_program(path: Path) -> None:
 
 
 def _published(path: Path, device: torch.device, resize: Resize) -> Encoder:
-    """Return Inception V3 or I3D, by the names of the tensors in a file."""
+    """Return Inception V3 or I3D, whichever the names of the tensors in a file indicate."""
     if path.is_file():
         _refuse_program(path)
     stored = Checkpoint(path)
@@ -278,7 +284,7 @@ def _inception(stored: Checkpoint, device: torch.device, resize: Resize) -> Enco
 
     def features(pictures: Tensor) -> Tensor:
         images = resized_square(pictures.float(), inception.SIZE, resize)
-        # what TensorFlow's graph does with 0 … 255; pytorch-fid maps 255 to 1
+        # TensorFlow's graph maps 0 … 255 in this way; pytorch-fid maps 255 to 1
         return network(to_signed(images) if of_pytorch else (images * 255 - 128) / 128)
 
     normalisation = "2x - 1" if of_pytorch else "(255x - 128) / 128"
@@ -307,7 +313,7 @@ def _i3d(stored: Checkpoint, device: torch.device, resize: Resize) -> Encoder:
 
 
 def _transformers(folder: Path, device: torch.device) -> Encoder:
-    """Return CLIP, DINOv2 or VideoMAE from a folder of transformers."""
+    """Return the CLIP, DINOv2, DINOv3 or VideoMAE in a folder of transformers."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json; give the folder of a CLIP, DINOv2 or VideoMAE of"
@@ -346,7 +352,7 @@ def _transformers(folder: Path, device: torch.device) -> Encoder:
 
         facts |= {"frames": f"the middle {frames}", "features": "the mean of all tokens"}
         return Encoder("videomae", clip_features, "clips", device, facts)
-    size = 224  # whatever size the network was trained at last
+    size = 224  # fixed, whatever size the network was last trained at
     facts = _facts(stored, "clean", size, "ImageNet's mean and deviation", "dino")
 
     def features(pictures: Tensor) -> Tensor:
@@ -356,7 +362,7 @@ def _transformers(folder: Path, device: torch.device) -> Encoder:
 
 
 def _network(folder: Path, device: torch.device) -> nn.Module:
-    """Return a whole network of transformers from a folder. ValueError: it is incomplete."""
+    """Return the network in a folder of transformers. ValueError if tensors are missing."""
     try:
         from transformers import AutoModel
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Features of pictures by a network of timm with local weights, for rewards and metrics. Nothing is
+"""Features of pictures from a timm network with local weights, for rewards and metrics. Nothing is
 downloaded, and nothing is unpickled."""
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from mmdit.weights import Checkpoint, check_numbers, fill
 
 
 class FeatureEncoder(nn.Module):
-    """`encoder(pixels (N, 3, H, W) in [0, 1]) -> (N, width)` float32: pooled features, before any
-    classifier. The network is frozen; the features are differentiable in the pixels.
+    """`encoder(pixels (N, 3, H, W) in [0, 1])` returns `(N, width)` float32: pooled features,
+    before any classifier. The network is frozen; the features are differentiable in the pixels.
 
-    `name`: an architecture of timm. `weights`: its .safetensors file. ValueError: timm is missing
-    or does not know the name, or the file does not fit.
+    `name`: an architecture of timm. `weights`: its .safetensors file. ValueError if timm is missing
+    or does not know the name, or if the file does not fit.
     """
 
     def __init__(self, name: str, weights: str | Path):
@@ -26,12 +26,12 @@ class FeatureEncoder(nn.Module):
         try:
             import timm
             from timm.data import resolve_model_data_config
-        except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch
+        except (ImportError, RuntimeError, OSError) as error:  # perhaps of torchvision
             raise ValueError(
                 f"features need timm, which cannot be imported ({error}): pip install timm, and a"
                 " torchvision of the same build as torch"
             ) from None
-        if not timm.is_model(name):  # hf-hub: names would be fetched
+        if not timm.is_model(name):  # names with hf-hub: would be downloaded
             near = difflib.get_close_matches(name, timm.list_models(), 3)
             raise ValueError(
                 f"timm has no model {name!r}; near names are {', '.join(near) or 'none'}"
@@ -54,8 +54,9 @@ class FeatureEncoder(nn.Module):
 def load_network(
     network: nn.Module, unused: str | tuple[str, ...], stored: Checkpoint, source: str | Path
 ) -> None:
-    """Load weights strictly, but for the parts `unused` in the file, such as a classifier; running
-    means are buffers, and how many batches they were taken from may be absent."""
+    """Load all weights strictly into `network`, buffers such as running means included. The file
+    may hold the parts `unused`, such as a classifier, and may lack the number of batches behind
+    running means. ValueError if it does not fit; `source` names it."""
     names = (unused,) if isinstance(unused, str) else unused
     prefixes = tuple(f"{name}." for name in names)
     buffers = {n: b for n, b in network.named_buffers() if n in network.state_dict()}

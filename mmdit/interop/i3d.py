@@ -1,6 +1,6 @@
-"""I3D (Carreira & Zisserman 2017, 1705.07750) on RGB, whose class scores on Kinetics-400 the
-Frechet video distance is made of (Unterthiner et al. 2018, 1812.01717): Inception V1, inflated in
-time, with the padding of TensorFlow."""
+"""I3D (Carreira & Zisserman 2017, 1705.07750) on RGB: Inception V1, inflated in time, with
+TensorFlow's padding. The Frechet video distance (Unterthiner et al. 2018, 1812.01717) compares its
+class scores on Kinetics-400."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE, WIDTH, FEWEST_FRAMES = 224, 400, 9
-# The channels of the branches 1x1x1, 3x3x3 (before, after), 3x3x3 (before, after), pool; or a pool:
-# its kernel and stride.
+# The channels of the branches 1x1x1, 3x3x3 (before, after), 3x3x3 (before, after), pool; for a
+# pooling layer its kernel and stride.
 BLOCKS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -27,8 +27,8 @@ BLOCKS = {
 
 
 def padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """Pad `(N, C, T, H, W)` with zeros so that a window gives ⌈side / stride⌉ places; an odd one
-    goes behind, as in TensorFlow."""
+    """Return `(N, C, T, H, W)` padded with zeros so that windows of `kernel` at `stride` give ⌈side
+    / stride⌉ places along each axis. An odd zero goes to the end, as in TensorFlow."""
     pads: list[int] = []
     for side, width, step in reversed(list(zip(x.shape[2:], kernel, stride, strict=True))):
         total = max((-(-side // step) - 1) * step + width - side, 0)
@@ -37,7 +37,7 @@ def padded(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tenso
 
 
 class Unit(nn.Module):
-    """A convolution over frames, rows and columns, batch norm and ReLU."""
+    """A convolution over frames, rows and columns, followed by batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1):
         super().__init__()
@@ -50,7 +50,7 @@ class Unit(nn.Module):
 
 
 class Pool(nn.Module):
-    """The largest of a window; what was padded is no larger than what a ReLU gave."""
+    """Max pooling with zero padding, which changes no maximum: the inputs come from a ReLU."""
 
     def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...]):
         super().__init__()
@@ -61,7 +61,7 @@ class Pool(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Four branches that read one input and are joined."""
+    """Four branches that read the same input; their outputs are concatenated."""
 
     def __init__(self, inputs: int, channels: tuple[int, ...]):
         super().__init__()
@@ -77,8 +77,8 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """`network(pixels (N, F, 3, 224, 224) in [-1, 1]) -> (N, 400)`: class scores before the
-    softmax, as a mean over time; 9 frames at least. Parts are named as in `rgb_imagenet.pt` of
+    """`network(pixels (N, F, 3, 224, 224) in [-1, 1])` returns `(N, 400)`: class scores before the
+    softmax, averaged over time; F is at least 9. Parts have the names of `rgb_imagenet.pt` of
     pytorch-i3d."""
 
     def __init__(self):

@@ -1,9 +1,9 @@
 """Inception V3 (Szegedy et al. 2015, 1512.00567), whose pooled features the Frechet inception
-distance is made of, in two variants that their weight files tell apart:
+distance compares, in two variants that their weight files reveal:
 
-fid          1008 classes: the network of Heusel et al. 2017, as TensorFlow released it in 2015.
-             Its average pools leave the border out, and the pool of its last block is a maximum.
-torchvision  1000 classes: torchvision's network. Distances in its features are of another scale.
+fid          1008 classes: the network of Heusel et al. 2017, as TensorFlow released it in 2015. Its
+             average pools leave the border out, and the pool of its last block is a maximum.
+torchvision  1000 classes: torchvision's network. Distances in its features have another scale.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ CLASSES: dict[int, Variant] = {1008: "fid", 1000: "torchvision"}
 SIZE = 299
 ACROSS, DOWN = (1, 7), (7, 1)
 
-# A step of a branch: name, channels, kernel. A pair of steps reads one input, and is joined.
+# A step of a branch: name, channels, kernel. Two steps in a tuple read the same input, and their
+# outputs are concatenated.
 Step = tuple[str, int, int | tuple[int, int]]
 Branch = list[Step | tuple[Step, Step]]
 
 
 class Convolution(nn.Module):
-    """A convolution without bias, batch norm and ReLU."""
+    """A convolution without bias, followed by batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], **options):
         super().__init__()
@@ -38,8 +39,9 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A block: branches that read the same input and are joined, then the pooled input. With the
-    pool `stride` the block halves rows and columns, by the last step of each branch."""
+    """A block: branches that read the same input, whose outputs are concatenated, followed by the
+    pooled input. With the pool `stride`, the block halves rows and columns: the last step of each
+    branch has a stride of 2."""
 
     def __init__(self, inputs: int, branches: list[Branch], pool: Pool, pooled: int = 0):
         super().__init__()
@@ -74,12 +76,12 @@ class Mixed(nn.Module):
             return F.max_pool2d(x, 3, stride=2)
         if self.pool == "maximum":
             return self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))
-        border = self.pool == "whole_average"  # its zeros count
+        border = self.pool == "whole_average"  # whether padding counts in the mean
         return self.branch_pool(F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=border))
 
 
 def _around(kernel: int | tuple[int, int]) -> int | tuple[int, int]:
-    """Return the padding that keeps the size."""
+    """Return the padding that keeps the size of the input."""
     return kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
 
 
@@ -132,8 +134,8 @@ BRANCHES_OF_8: list[Branch] = [
 
 
 class InceptionV3(nn.Module):
-    """`network(pixels (N, 3, 299, 299) in [-1, 1]) -> (N, 2048)`: what the classifier would be
-    given. Parts are named as in the files of pytorch-fid, torch-fidelity and torchvision."""
+    """`network(pixels (N, 3, 299, 299) in [-1, 1])` returns `(N, 2048)`: the input of the
+    classifier. Parts have the names of the files of pytorch-fid, torch-fidelity and torchvision."""
 
     def __init__(self, variant: Variant):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Tell what a weight file is, from its headers alone: names, shapes, types, and which model or
-adapter they make."""
+"""Tell what a weight file holds, from its headers alone: names, shapes, dtypes, and which model or
+adapter they belong to."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mmdit.interop.wan_weights import EXPERT_FOLDERS, Expert, infer_config, loca
 from mmdit.terminal import shown
 from mmdit.weights import DTYPES, SCALES, Checkpoint, Entry, shapes_of
 
-# bytes of a number, by the name of its type in a header or a pickle; others have 1
+# bytes of an element, by the name of its dtype in a header or a pickle; other dtypes have 1
 BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 BYTES |= {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in DTYPES}
-TITLES = {  # what a file is that holds a tensor of this name
+TITLES = {  # what a file is if it holds a tensor of this name
     "model.blocks.0.spatial.q.weight": "mmdit model",
     "trunk.cls_token": "VTP tokenizer",
     "decoder.conv1.weight": "Wan VAE",
@@ -56,7 +56,8 @@ def inspect_weights(path: str | Path, expert: Expert | None = None) -> dict:
 
 
 def report_of(place: Path, entries: dict[str, Entry], files: list[Path], scaled: int = 0) -> dict:
-    """Return the report of tensors that lie in `files`; see `inspect_weights`."""
+    """Return the report on tensors that lie in `files`; see `inspect_weights`. ValueError if there
+    are none."""
     if not entries:
         raise ValueError(f"{place} holds no tensor")
     size = {name: math.prod(entry.shape) for name, entry in entries.items()}
@@ -90,8 +91,9 @@ def report_of(place: Path, entries: dict[str, Entry], files: list[Path], scaled:
 
 
 def _kind(entries: dict) -> dict:
-    """Return what the names and shapes make."""
-    parts = {}  # of adapters, and of whole parameters beside them: layer and what of it
+    """Return the entries of a report that tell which model or adapter the names and shapes belong
+    to."""
+    parts = {}  # tensors of adapters, and of whole differences: (layer, part)
     for name in entries:
         if end := max((end for end in PARTS if name.endswith(end)), key=len, default=""):
             parts[name] = name.removesuffix(end), PARTS[end]
@@ -122,7 +124,8 @@ def _kind(entries: dict) -> dict:
 
 
 def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
-    """Return the updates that the tensors of adapters make."""
+    """Return the entries of a report that describe adapters: their type, layers, ranks and
+    alphas."""
     present = {part for _, part in parts.values()}
     if any(part.startswith("lokr") for part in present):
         title = "LoKr"
@@ -147,7 +150,7 @@ def _adapter_kind(entries: dict, parts: dict[str, tuple[str, str]]) -> dict:
 
 
 def format_inspection(report: dict) -> str:
-    """Return a report as text."""
+    """Return a report as text, for a person."""
     if "experts" in report:
         return "\n\n".join(
             f"{name}-noise expert\n{format_inspection(part)}"

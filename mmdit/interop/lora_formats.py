@@ -1,9 +1,9 @@
-"""LoRA, DoRA and LoKr files of other tools, read into and written from any of our models: PEFT,
+"""LoRA, DoRA and LoKr files of other programs, read into and written from any of our models: PEFT,
 Diffusers, kohya, ComfyUI and their relatives.
 
-All mean `ΔW = s B A` (LoKr: `s W1 ⊗ W2`); they differ in how a layer is named and where `s` stands
-(the table in `lora_names`): in `.alpha` tensors (s = alpha / rank), in a config beside the weights
-or in the file's header (`lora_settings`), or nowhere (s = 1).
+In all of them `ΔW = s B A` (LoKr: `s W1 ⊗ W2`). They differ in how they name a layer and where they
+keep `s` (the table in `lora_names`): in `.alpha` tensors (s = alpha / rank), in a config beside the
+weights or in the file's header (`lora_settings`), or nowhere (s = 1).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["experts_in", "load_lora", "read_lora", "save_lora"]
 def load_lora(
     model: Denoiser, path: str | Path, expert: Literal["high", "low"] | None = None
 ) -> list[str]:
-    """Adapt `model` in place with the LoRA at `path`; returns the names of the adapted layers.
-    Whole differences (of distilled models) are added to the parameters, until `remove` takes them
-    off again. ValueError: see `read_lora`; nothing is changed then."""
+    """Adapt `model` in place with the LoRA at `path`; return the names of the adapted layers. Whole
+    differences (of distilled models) are added to the parameters, until `remove` takes them off
+    again. ValueError: see `read_lora`; the model is then unchanged."""
     if adapters(model) or differences(model):
         raise ValueError("the model has adapters already: merge or remove them first")
     content = read_lora(model, path, expert)

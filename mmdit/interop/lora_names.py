@@ -1,6 +1,5 @@
-"""List how the programs that write adapters name their tensors, and where they keep the strength:
-one table, which `lora_reading` and `lora_writing` both walk. To add a format is to add its
-entry."""
+"""Describe how programs that write adapters name their tensors, and where they keep the strength,
+in one table, which both `lora_reading` and `lora_writing` use. To add a format, add its entry."""
 
 from __future__ import annotations
 
@@ -14,23 +13,23 @@ from mmdit.interfaces import Denoiser
 
 @dataclass(frozen=True)
 class LoRAFormat:
-    """How one program writes adapters. `prefix`: what stands before a layer's name. `down`, `up`
-    and `magnitude`: the ends of the keys of A, B and DoRA's lengths."""
+    """How one program writes adapters. `prefix`: the text before a layer's name. `down`, `up` and
+    `magnitude`: the ends of the keys of A, B and DoRA's lengths."""
 
     prefix: str
     down: str
     up: str
     magnitude: str
-    # where the scale of the product B A stands: in a config beside the weights, in the header of
+    # where the scale of the product B A is kept: in a config beside the weights, in the header of
     # the file, in `.alpha` tensors (alpha / rank), or multiplied into B
     strength: Literal["config", "header", "alpha", "factors"]
-    underscores: bool = False  # in place of the dots of a layer's name
-    diffusers_names: bool = False  # of Wan's layers; else the official ones
+    underscores: bool = False  # replace the dots in a layer's name
+    diffusers_names: bool = False  # for Wan's layers; else official ones
     lycoris: bool = False  # can hold LoKr and whole differences; lengths of DoRA are a column
-    lengths_over_base: bool = False  # DoRA's are multiplied by ‖W‖ / ‖W + ΔW‖, as ComfyUI has them
+    lengths_over_base: bool = False  # DoRA lengths are times ‖W‖ / ‖W + ΔW‖, as in ComfyUI
 
     def key(self, layer: str, end: str) -> str:
-        """Return the name in a file of a tensor of `layer`."""
+        """Return the key in a file of the tensor of `layer` whose key ends in `end`."""
         return self.prefix + (layer.replace(".", "_") if self.underscores else layer) + end
 
 
@@ -71,13 +70,13 @@ FORMATS = {
     ),
 }
 
-# ── what is read besides ──────────────────────────────────────────────────────────────────────────
-# words before a name, of Diffusers and of a pair of our own
+# ── further names that can be read ──────────────────────────────────────────────────────────────
+# words before a layer's name that tell the expert, from Diffusers and from our own pairs
 EXPERTS = {"transformer_1": "high", "transformer_2": "low", "high": "high", "low": "low"}
 WRAPPERS = {"module", "_orig_mod", "unet", "pipe", "dit", *EXPERTS} | {
     word for form in FORMATS.values() if not form.underscores for word in form.prefix.split(".")
 } - {""}
-MANGLED = (  # before names without dots
+MANGLED = (  # prefixes of names without dots
     "lora_unet__",
     *(form.prefix for form in FORMATS.values() if form.underscores),
     "lora_transformer_",
@@ -90,7 +89,7 @@ LOKR = [f"{factor}{end}" for factor in ("lokr_w1", "lokr_w2") for end in ("", "_
 
 
 def _ends() -> dict[str, str]:
-    """Return what the tensor of a key is, by the key's end."""
+    """Return what part of an adapter a tensor is, by the end of its key."""
     ends = {".alpha": "alpha", ".w_norm": "weight", ".b_norm": "bias", **DIFFERENCES}
     for form in FORMATS.values():
         ends |= {form.down: "lora_A", form.up: "lora_B", form.magnitude: "lora_magnitude"}
@@ -108,7 +107,7 @@ def _ends() -> dict[str, str]:
 
 PARTS = _ends()
 OF_ADAPTERS = tuple(end for end, part in PARTS.items() if part.startswith(("lora_", "lokr_")))
-NOT_READ = {  # what keys of other adapters have in them
+NOT_READ = {  # patterns in the keys of other adapters
     r"^lora_te\d?_|^(base_model\.model\.)?text_encoder.*lora": "LoRA of a text encoder",
     r"\.hada_[wt]\d": "LoHa",
     r"\.oft_|\.oft_blocks": "OFT",
@@ -129,18 +128,19 @@ NOT_READ = {  # what keys of other adapters have in them
 
 @dataclass(frozen=True)
 class Key:
-    """What the name of a stored tensor says: `module` and `part` in our words, the layer's name as
-    PEFT's patterns see it, and the expert of a pair that it names."""
+    """What the key of a stored tensor says: `module` and `part` under our names, the layer's name
+    as PEFT's patterns see it (`written`), and the expert of a pair that it names."""
 
-    module: str | None  # None: no layer of this model
+    module: str | None  # None: not a layer of this model
     part: str
     written: str = ""
     expert: str | None = None
 
 
 def foreign_names(model: Denoiser) -> dict[str, str]:
-    """Return our name of a module, or of a parameter that is no layer's, by every name that it may
-    have in a file. kohya's underscores are never taken apart: the table is made forward."""
+    """Return our name of each module, and of each parameter outside of layers, by every name that
+    it can have in a file. kohya's underscores cannot be split safely, so the table holds our names
+    with underscores, too."""
     theirs, table = model.diffusers_names(), {}
     parameters = (name for name, _ in model.named_parameters())
     alone = [name for name in parameters if not name.endswith((".weight", ".bias"))]
@@ -152,7 +152,7 @@ def foreign_names(model: Denoiser) -> dict[str, str]:
 
 
 def parse(key: str, names: dict[str, str]) -> Key:
-    """Split a stored name; `names` as `foreign_names` makes them."""
+    """Return what a stored key says; `names` is the table from `foreign_names`."""
     end = max((end for end in PARTS if key.endswith(end)), key=len, default=None)
     if end is None:
         return Key(None, "")
@@ -164,8 +164,8 @@ def parse(key: str, names: dict[str, str]) -> Key:
 
 
 def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
-    """Yield what `body` may be without the words before a layer's name, and the expert that one of
-    them names."""
+    """Yield candidates for a layer's name: `body` with ever more words before it removed, each with
+    the expert that these words name, if any."""
     yield body, None
     for prefix in MANGLED:
         if body.startswith(prefix):
@@ -183,7 +183,7 @@ def _unwrapped(body: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _seen_by_peft(body: str) -> str:
-    """Return a layer's name without what PEFT or Diffusers puts before it: their patterns are for
+    """Return a layer's name without the prefix of PEFT or Diffusers: their patterns refer to
     this."""
     for prefix in (FORMATS["peft"].prefix, "transformer_2.", FORMATS["diffusers"].prefix):
         if body.startswith(prefix):
@@ -192,7 +192,8 @@ def _seen_by_peft(body: str) -> str:
 
 
 def unread_type(keys: Iterable[str]) -> str | None:
-    """Return the name of a type of adapter that is not read here, and that one of `keys` is of."""
+    """Return the name of a type of adapter that cannot be read here and to which one of `keys`
+    belongs; None if there is none."""
     for key in keys:
         for pattern, name in NOT_READ.items():
             if re.search(pattern, key):
@@ -201,7 +202,7 @@ def unread_type(keys: Iterable[str]) -> str | None:
 
 
 def common_prefix(keys: Iterable[str]) -> str:
-    """Return what stands before the names of layers in all keys of a file of adapters."""
+    """Return the longest known prefix with which all keys of a file of adapters begin."""
     keys = list(keys)
     longest = ""
     for prefix in PREFIXES:

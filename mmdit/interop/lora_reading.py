@@ -1,4 +1,4 @@
-"""LoRA, DoRA and LoKr files of other tools in terms of one of our models."""
+"""Read LoRA, DoRA and LoKr files of other programs into the names of one of our models."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mmdit.interop.lora_names import FORMATS, Key, foreign_names, parse, unread_
 from mmdit.interop.lora_settings import CONFIG, Settings, settings_of, weights_of
 from mmdit.weights import Checkpoint, check_numbers, header_of
 
-# in a header: the lengths of DoRA are over the base (`LoRAFormat.lengths_over_base`)
+# a key in the header: DoRA's lengths are for the base (`LoRAFormat.lengths_over_base`)
 OVER_BASE = "mmdit_dora_scale"
-WHOLE = ("weight", "bias", "modulation")  # parts that are added to whole parameters
+WHOLE = ("weight", "bias", "modulation")  # parts that change whole parameters
 UNMANGLE = (
     r"^(lora_unet_+|lycoris_)|\.(lora|lokr)_[^.]*(\.default)?(\.weight)?$|\.alpha$|\.diff(_[bm])?$"
 )
@@ -32,14 +32,14 @@ class Update:
     """The update of one linear layer: tensors by the names of `adapters.layers`."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
-    alpha: float | None = None  # as the file has it
+    alpha: float | None = None  # as in the file
     scale: float = 1.0
     written: str = ""  # the layer's name in the file
     over_base: bool = False  # see OVER_BASE
 
     @property
     def rank(self) -> int:
-        """Return the rank of the products; 1 where both factors of LoKr are whole."""
+        """Return the rank of the factors that are products; 1 if both factors of LoKr are whole."""
         for name in ("lora_A", "lokr_w2_b", "lokr_w1_b"):
             if name in self.parts:
                 return len(self.parts[name])
@@ -55,7 +55,7 @@ class Update:
 
     @torch.no_grad()
     def adapter(self, base: nn.Linear) -> Adapter:
-        """Return `base` with this update beside it."""
+        """Return an adapter of `base` that makes this update."""
         layer = adapter_type(self.parts)[0].of(base, self.parts, self.scale * self.rank)
         if self.over_base and isinstance(layer, DoRALinear):
             layer.lora_magnitude.mul_(stretch_over_base(layer))
@@ -64,7 +64,7 @@ class Update:
 
 @torch.no_grad()
 def stretch_over_base(layer: DoRALinear) -> Tensor:
-    """Return ‖W + ΔW‖ / ‖W‖ of each row: lengths over the base times this are lengths over the
+    """Return ‖W + ΔW‖ / ‖W‖ for each row. Lengths for the base times this are lengths for the
     adapted weight."""
     plain = layer.weight.detach().to(layer.precise).norm(dim=1).clamp(min=1e-15)
     return (layer._norm().to(plain.dtype) / plain).to(layer.lora_magnitude.dtype)
@@ -72,8 +72,8 @@ def stretch_over_base(layer: DoRALinear) -> Tensor:
 
 @dataclass
 class LoRAFile:
-    """What a file holds under our names: `updates` of linear layers, and `differences` to add to
-    whole parameters."""
+    """The content of a file under our names: `updates` of linear layers, and `differences` to add
+    to whole parameters."""
 
     updates: dict[str, Update] = field(default_factory=dict)
     differences: dict[str, Tensor] = field(default_factory=dict)
@@ -82,10 +82,10 @@ class LoRAFile:
 def read_lora(
     model: Denoiser, path: str | Path, expert: Literal["high", "low"] | None = None
 ) -> LoRAFile:
-    """Read the file, or PEFT folder, at `path` in terms of `model`. A LoRA of T2V fits an I2V
-    model, with a warning. ValueError: keys that name no layer of it (with near names), half an
-    update, another shape, numbers that are not finite, a setting that is not known here, or two
-    experts of which none is chosen."""
+    """Return the content of the file, or PEFT folder, at `path`, under the names of `model`. A LoRA
+    of a T2V model is accepted for an I2V model, with a warning. ValueError: keys that name no layer
+    of it (with near names), half an update, another shape, numbers that are not finite, an unknown
+    setting, or two experts of which none is chosen."""
     path, names = Path(path), foreign_names(model)
     stored = Checkpoint(weights_of(path))
     keys = _chosen(stored, names, expert, path)
@@ -95,7 +95,7 @@ def read_lora(
         bias = update.parts.pop("lora_B_bias", None)
         _check(model, module, update, path)
         update.scale = _scale(update, settings)
-        if update.whole:  # as `LoKrLinear` has it: nothing divides by a rank there
+        if update.whole:  # as in `LoKrLinear`: there is no rank to divide by
             update.parts["lokr_w1"], update.scale = update.scale * update.parts["lokr_w1"], 1.0
         if settings.values.get("use_dora") and "lora_magnitude" not in update.parts:
             raise ValueError(
@@ -122,23 +122,23 @@ def read_lora(
 
 
 def experts_in(model: Denoiser, path: str | Path) -> set[str]:
-    """Return the experts of a pair, "high" and "low", that the keys of a LoRA file name; none in
-    the file of one network. `model`: one of the two."""
+    """Return the experts of a pair, "high" and "low", that the keys of a LoRA file name; none for
+    the file of a single network. `model`: either of the two networks."""
     names = foreign_names(model)
     entries = Checkpoint(weights_of(Path(path))).entries
     experts = {name: parse(name, names).expert for name in entries}
     named = {expert for expert in experts.values() if expert}
     plain = [name for name, expert in experts.items() if not expert]
     if named and any(name.startswith("transformer.") for name in plain):
-        named.add("high")  # as `_chosen` reads it
+        named.add("high")  # as in `_chosen`
     return named
 
 
 def _chosen(
     stored: Checkpoint, names: dict[str, str], expert: str | None, path: Path
 ) -> dict[str, Key]:
-    """Return the stored names that are meant, and what they say. Where some name an expert,
-    `transformer.` alone is the high one, as Diffusers writes a pair."""
+    """Return the keys to be read, and what each says. In a file that names an expert,
+    `transformer.` alone means the high one, as Diffusers writes a pair."""
     keys = {name: parse(name, names) for name in stored.entries}
     of_experts = [name for name, key in keys.items() if key.expert]
     if of_experts:
@@ -174,7 +174,7 @@ def _chosen(
 
 
 def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Path) -> LoRAFile:
-    """Read the tensors of `keys`."""
+    """Return the content of the tensors named by `keys`, with the scales still to be set."""
     file, content = stored.files[0], LoRAFile()
     over_base = file.suffix == ".safetensors" and OVER_BASE in header_of(file)
     sources: dict[str, str] = {}
@@ -195,7 +195,7 @@ def _gather(model: nn.Module, stored: Checkpoint, keys: dict[str, Key], path: Pa
             continue
         check_numbers(name, tensor, path)
         if part in WHOLE:
-            # there is no arithmetic of float8
+            # torch has no arithmetic in float8
             content.differences[ours] = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             continue
         update = content.updates.setdefault(module, Update())
@@ -215,7 +215,7 @@ def _alpha(name: str, tensor: Tensor, path: Path) -> float:
 
 
 def _lengths(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """Return DoRA's magnitudes as a vector."""
+    """Return DoRA's magnitudes as a vector. ValueError if they are lengths of columns."""
     if tensor.ndim == 2 and tensor.shape[0] == 1 < tensor.shape[1]:
         raise ValueError(
             f"{path}: {name} {tuple(tensor.shape)} has a length for each column (LyCORIS'"
@@ -229,13 +229,13 @@ def _scale(update: Update, settings: Settings) -> float:
         raise ValueError(f"{settings.source} says LOKR, but {update.written} has other tensors")
     if update.alpha is None:
         return settings.scale(update.written, update.rank, update.whole, update.lokr)
-    # every reader of whole factors ignores alpha, but PEFT's, whose files have no such tensor
+    # all readers of whole factors ignore alpha but PEFT's, whose files have no such tensor
     return 1.0 if update.whole else update.alpha / update.rank
 
 
 def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
     parent, _, leaf = module.rpartition(".")
-    layer = getattr(model.get_submodule(parent), leaf)  # or a parameter that bears the name
+    layer = getattr(model.get_submodule(parent), leaf)  # or a parameter of that name
     for part, word in (("lora_A", "down"), ("lora_B", "up")):
         if part not in update.parts and not update.lokr:
             raise ValueError(f"{path}: {module} has no {part} ({word}): half an update")
@@ -259,7 +259,7 @@ def _check(model: nn.Module, module: str, update: Update, path: Path) -> None:
 
 
 def _warn_of_pictures(path: Path, names: dict[str, str], content: LoRAFile) -> None:
-    """Warn that a LoRA of T2V leaves an I2V model's picture layers as they are."""
+    """Warn if a LoRA leaves the picture layers of an I2V model unchanged, as one of T2V does."""
     of_pictures = {name for name in names.values() if name.endswith((".k_img", ".v_img"))}
     of_text = [name for name in content.updates if name.endswith(("cross_attn.k", "cross_attn.v"))]
     if of_pictures and of_text and not content.updates.keys() & of_pictures:
@@ -272,8 +272,8 @@ def _warn_of_pictures(path: Path, names: dict[str, str], content: LoRAFile) -> N
 
 
 def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor]) -> None:
-    """Leave out, with a warning, what a T2V model's patches of fewer channels have no place for;
-    ValueError for other shapes."""
+    """Drop, with a warning, differences of patch embeddings with fewer input channels, as of a T2V
+    model. ValueError for other shapes that do not fit."""
     parameters = dict(model.named_parameters())
     for name, tensor in list(differences.items()):
         here = parameters[name].shape if name in parameters else None
@@ -295,7 +295,8 @@ def _fit_differences(path: Path, model: nn.Module, differences: dict[str, Tensor
 
 
 def _of_fewer_channels(shape: torch.Size, here: torch.Size) -> bool:
-    """Return whether patches of `shape` are like those `here`, but for fewer input channels."""
+    """Return whether `shape` is that of a patch embedding like `here`, but with fewer input
+    channels."""
     if len(shape) != len(here) or len(here) < 3:
         return False
     return shape[1] < here[1] and (shape[0], *shape[2:]) == (here[0], *here[2:])

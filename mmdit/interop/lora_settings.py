@@ -1,5 +1,5 @@
-"""The strength of adapters as PEFT keeps it, read and written: in a config beside the weights, or,
-as Diffusers does, in the header of their file."""
+"""Read and write the strength of adapters as PEFT keeps it: in a config beside the weights, or, as
+Diffusers does, in the header of the file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmdit.adapters.layers import Adapter, DoRALinear
 from mmdit.foreign import read_json
 from mmdit.weights import Checkpoint, header_of
 
-HEADER = "lora_adapter_metadata"  # of Diffusers
-CONFIG = "adapter_config.json"  # of PEFT
+HEADER = "lora_adapter_metadata"  # the key that Diffusers uses
+CONFIG = "adapter_config.json"  # the file that PEFT writes
 USED = """
 peft_type r lora_alpha alpha rank_pattern alpha_pattern use_rslora use_dora lora_bias
 """
-# What the finished update does not depend on: choice of layers (the tensors tell it), training,
-# book-keeping; fan_in_fan_out is set to false for linear layers by PEFT itself, and
-# use_effective_conv2d is of convolutions alone.
+# Settings that do not change the finished update: the choice of layers (the tensors show it),
+# training, book-keeping. PEFT itself sets fan_in_fan_out to false for linear layers, and
+# use_effective_conv2d concerns convolutions only.
 NEUTRAL = """
 task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
 exclude_modules layers_to_transform layers_pattern lora_dropout megatron_core qalora_group_size
@@ -38,13 +38,14 @@ BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class Settings:
-    """`values` by PEFT's names, and the file that they are from; without any, every scale is 1."""
+    """`values` under PEFT's names, and the file from which they come; without values, every scale
+    is 1."""
 
     source: str
     values: dict
 
     def check(self) -> None:
-        """Raise ValueError for what changes the update in a way that is not known here."""
+        """Raise ValueError for settings that change the update in an unknown or unsupported way."""
         values, source = self.values, self.source
         adapter, start = values.get("peft_type", "LORA"), values.get("init_lora_weights")
         if adapter not in ("LORA", "LOKR"):
@@ -75,8 +76,9 @@ class Settings:
                 )
 
     def scale(self, layer: str, rank: int, whole: bool, lokr: bool) -> float:
-        """Return what multiplies the product of a layer's factors. `layer`: its name in the file;
-        `whole`: both factors of LoKr are, so that only the config knows the rank."""
+        """Return the factor by which the product of a layer's factors is multiplied. `layer`: its
+        name in the file; `whole`: both factors of LoKr are whole matrices, so that only the config
+        knows the rank."""
         alpha = self._number("alpha" if lokr else "lora_alpha", "alpha_pattern", layer)
         if alpha is None:
             return 1.0
@@ -96,8 +98,9 @@ class Settings:
         return alpha / divisor
 
     def _number(self, name: str, pattern: str, layer: str) -> float | None:
-        """Return a positive rank, or a finite alpha, of a layer: that of the first key of `pattern`
-        that fits its name, else the common one, `name`."""
+        """Return the rank (positive) or the alpha (finite, not 0) of a layer: from the first key of
+        `pattern` that matches the layer's name, else the common one, `name`; None if neither is
+        given."""
         patterns = self.values.get(pattern) or {}
         if not isinstance(patterns, dict):
             raise ValueError(
@@ -134,17 +137,18 @@ class Settings:
 
 
 def _may_take_forever(expression: str) -> bool:
-    """Return whether the time to compare a regular expression may grow beyond all measure with the
-    length of a name, as that of a repeated group does. Names and their common patterns do not."""
+    """Return whether matching a regular expression may take exponential time, as with a repeated
+    group or with many repeats. Layer names and the usual patterns for them do not."""
     plain = re.sub(r"\\.", "", expression, flags=re.DOTALL)
-    if re.search(r"\(\?[a-zA-Z]|\)([*+]|\{[\d,]+\})", plain):  # flags, by which a space is nothing
+    if re.search(r"\(\?[a-zA-Z]|\)([*+]|\{[\d,]+\})", plain):  # flags, which may void spaces
         return True
     repeats = re.findall(r"([*+?]|\{[\d,]+\})[?+]?", plain.replace("(?", "("))
     return len(repeats) > MOST_REPEATS
 
 
 def config_of(layers: dict[str, Adapter]) -> dict:
-    """Return PEFT's config of adapters by the names of their layers in the file."""
+    """Return PEFT's config for adapters, which are given by the names of their layers in the
+    file."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}
     (rank, rank_pattern), (alpha, alpha_pattern) = map(_common, (ranks, alphas))
@@ -171,7 +175,7 @@ def _common(values: dict[str, float]) -> tuple[float, dict[str, float]]:
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file of weights in a folder that PEFT saved; any other path as it is."""
+    """Return the weight file in a folder that PEFT saved; any other path as it is."""
     if (path / CONFIG).is_file():
         for end in ("safetensors", "bin"):
             if (path / f"adapter_model.{end}").is_file():
@@ -180,8 +184,8 @@ def weights_of(path: Path) -> Path:
 
 
 def settings_of(stored: Checkpoint, expert: str | None) -> Settings:
-    """Read what lies beside or in the first file of `stored`. ValueError: it cannot be read, or
-    asks for what is not known."""
+    """Return the settings beside, or in the header of, the first file of `stored`. ValueError if
+    they cannot be read, or contain an unknown setting."""
     file = stored.files[0]
     beside = file.with_name(CONFIG)
     peft = file.stem == "adapter_model" or any(
@@ -211,7 +215,8 @@ def _in_header(file: Path, source: str) -> dict:
 
 
 def _of_expert(values: dict, expert: str | None) -> dict:
-    """Take the words off that Diffusers puts before the names of each of its two transformers."""
+    """Return the settings of one expert, without the words that Diffusers puts before the keys of
+    each of its two transformers."""
     low = {
         key.removeprefix("transformer_2."): value
         for key, value in values.items()

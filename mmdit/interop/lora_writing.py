@@ -1,4 +1,4 @@
-"""The adapters of a model as files of other tools."""
+"""Write the adapters of a model as files of other programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmdit.interop.lora_reading import OVER_BASE, read_lora, stretch_over_base
 from mmdit.interop.lora_settings import CONFIG, HEADER, config_of
 from mmdit.weights import is_finite, tensor_pieces
 
-# the relative error that a saved and reloaded update may have
+# the relative error that an update may have after saving and reading it again
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -27,13 +27,15 @@ def save_lora(
     model: Denoiser, path: str | Path, format: str, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write the adapters of `model`, and the whole differences that came with them: `diffusers`,
-    `kohya` or `comfy` as one file, `peft` as a folder. Then it is read back and compared, layer by
-    layer, before it bears its name.
+    `kohya` or `comfy` as one file, `peft` as a folder. The result is read back and compared layer
+    by layer before it gets its final name.
 
-    LoKr is written as LyCORIS does (`kohya`, `comfy`), with its scale in a whole W1: readers ignore
-    the alpha of whole factors, and some know no other W1. DoRA in `comfy` is as ComfyUI computes
-    it, whose lengths are over ‖W‖; a mark in the header says so. ValueError: no adapters, a path
-    that is there, what the format cannot hold, numbers too large for `dtype`."""
+    LoKr is written as LyCORIS does (`kohya`, `comfy`), with its scale multiplied into a whole W1:
+    readers ignore the alpha of whole factors, and some can read no other W1. DoRA in `comfy`
+    follows ComfyUI, whose lengths are relative to ‖W‖; a mark in the header says so. ValueError:
+    the model has no adapters, the path exists, the format cannot hold them, or numbers are too
+    large for `dtype`.
+    """
     path, layers = Path(path), adapters(model)
     _check(model, path, format)
     form, other_names = FORMATS[format], model.diffusers_names()
@@ -46,7 +48,7 @@ def save_lora(
         for end, tensor in _parts(layer, form).items():
             tensors[form.key(name, end)] = tensor
     for name, tensor in tensors.items():
-        kept = torch.float32 if name.endswith(".alpha") else dtype  # bfloat16 has no 257
+        kept = torch.float32 if name.endswith(".alpha") else dtype  # bfloat16 cannot hold 257
         tensors[name] = tensor.detach().to(device="cpu", dtype=kept).contiguous()
         if not is_finite(tensors[name]):
             raise ValueError(
@@ -112,7 +114,7 @@ def _check(model: nn.Module, path: Path, format: str) -> None:
 
 
 def _parts(layer: Adapter, form: LoRAFormat) -> dict[str, Tensor]:
-    """Return what a file has of one adapter, by the ends of keys."""
+    """Return the tensors of one adapter by the ends of their keys in a file."""
     state = layer.state()
     alpha = state.pop("alpha")
     if isinstance(layer, LoKrLinear):
@@ -137,8 +139,8 @@ def _parts(layer: Adapter, form: LoRAFormat) -> dict[str, Tensor]:
 
 
 def _differences(model: nn.Module, form: LoRAFormat) -> dict[str, Tensor]:
-    """Return the whole differences under ComfyUI's names. A parameter that is no layer's has no
-    name in kohya's files, and bears ComfyUI's there, too."""
+    """Return the whole differences by their keys. A parameter outside of layers has no name in
+    kohya's files, and gets ComfyUI's there, too."""
     ends = {part: end for end, part in DIFFERENCES.items() if part in ("weight", "bias")}
     result = {}
     for name, tensor in differences(model).items():
@@ -151,14 +153,15 @@ def _differences(model: nn.Module, form: LoRAFormat) -> dict[str, Tensor]:
 
 
 def _compare(model: Denoiser, written: Path, dtype: torch.dtype) -> None:
-    """Raise ValueError unless what was written in `dtype` is read back as it is."""
+    """Raise ValueError unless the file `written`, read again, gives the same updates within the
+    tolerance of `dtype`."""
     tolerance = TOLERANCES[dtype]
     remedy = ""
     if dtype != torch.float32:
         kept = str(dtype).removeprefix("torch.")
         remedy = f" (in {kept}, which has few digits for small numbers: write it in float32)"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is told of files of others
+        warnings.simplefilter("ignore")  # these warnings are about files of others
         back = read_lora(model, written)
 
     def check(what: str, expected: Tensor, again: Tensor | None) -> None:

@@ -1,11 +1,12 @@
-"""The ways in which published encoders are given pictures of another size. Distances of features
-depend on them: each result says which one was used.
+"""The ways in which published encoders resize pictures. Distances of features depend on them, so
+each result says which one was used.
 
 crop         short side to the size, bicubic with antialiasing, then the middle (CLIP, timm)
 clean        the whole picture, bicubic with antialiasing, as Pillow does (clean-fid, FD-DINOv2)
-tensorflow   the whole picture, bilinear without antialiasing, from the top left corner of a pixel,
-             as TensorFlow 1 did (Heusel et al. 2017 and every score from their network, FVD)
-pytorch      the whole picture, bilinear without antialiasing, from the middle of a pixel
+tensorflow   the whole picture, bilinear without antialiasing, sampled at the top left corners of
+             pixels, as TensorFlow 1 did (Heusel et al. 2017 and every score from their network,
+             FVD)
+pytorch      the whole picture, bilinear without antialiasing, sampled at the centres of pixels
              (pytorch-fid, FVD in PyTorch)
 """
 
@@ -22,8 +23,8 @@ Resize = Literal["crop", "clean", "tensorflow", "pytorch"]
 
 
 def square(images: Tensor, size: int) -> Tensor:
-    """Return `(N, 3, size, size)` in [0, 1]: the middle of `images (N, 3, H, W)`, whose short side
-    becomes `size`, the other one rounded down."""
+    """Return `(N, 3, size, size)` in [0, 1]: the middle of `images (N, 3, H, W)` after scaling
+    their short side to `size`; the long side is rounded down."""
     short = min(images.shape[-2:])
     if short != size:
         sides = [size * side // short for side in images.shape[-2:]]
@@ -41,7 +42,7 @@ def _pytorch(images: Tensor, size: int) -> Tensor:
 
 
 def _tensorflow(images: Tensor, size: int) -> Tensor:
-    for axis in (-1, -2):  # along rows first, as TensorFlow rounds
+    for axis in (-1, -2):  # along rows first: TensorFlow rounds in this order
         side = images.shape[axis]
         place = torch.arange(size, device=images.device) * (side / size)
         below = place.long()
@@ -61,5 +62,6 @@ WAYS: dict[Resize, Callable[[Tensor, int], Tensor]] = {
 
 
 def resized_square(images: Tensor, size: int, way: Resize) -> Tensor:
-    """Return `images (N, 3, H, W)` in [0, 1] as `(N, 3, size, size)` in the way of `WAYS`."""
+    """Return `images (N, 3, H, W)` in [0, 1] as `(N, 3, size, size)`, resized in one of the
+    `WAYS`."""
     return WAYS[way](images, size)

@@ -1,5 +1,5 @@
-"""Captions by a local vision-language model of the transformers library, which runs no code of its
-own, from safetensors alone."""
+"""Captions by a local vision-language model of the transformers library, loaded from safetensors
+alone. The model runs no code of its own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ WHAT = "vision-language model of transformers (config, processor and safetensors
 
 
 class LocalCaptioner:
-    """`captioner(pictures, prompt, seed)` returns what the model in `folder` says of pictures, and
-    whether it was stopped at `max_tokens`. With a temperature it draws words, by the seed; else it
-    takes the most likely ones. ValueError: no such model, or it does not load."""
+    """`captioner(pictures, prompt, seed)` returns the text of the model in `folder` about the
+    pictures, and whether it was cut at `max_tokens`. With a temperature, tokens are sampled, keyed
+    by the seed; without one, the most likely are taken. ValueError if there is no such model, or it
+    cannot be loaded."""
 
     def __init__(
         self,
@@ -80,8 +81,8 @@ class LocalCaptioner:
 
     @property
     def identity(self) -> dict[str, object]:
-        """Return what decides its captions: the name of the folder, and a hash of the sizes of its
-        files and of its config."""
+        """Return what determines its captions: the name of the folder, a hash of its config and of
+        the sizes of its files, and the settings of the captioner."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted(self.folder.glob("*.safetensors")):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -94,7 +95,7 @@ class LocalCaptioner:
         }
 
     def __call__(self, pictures: list[Image.Image], prompt: str, seed: int) -> tuple[str, bool]:
-        """See the class."""
+        """Return a caption and whether it was cut; see the class."""
         inputs = self._inputs(pictures, prompt).to(self.device, self.dtype)
         choice: dict[str, Any] = {"do_sample": False, "temperature": None}
         if self.temperature:
@@ -106,14 +107,14 @@ class LocalCaptioner:
                 **inputs, max_new_tokens=self.max_tokens, top_p=None, top_k=None, **choice
             )[0]
         given = inputs["input_ids"][0] if "input_ids" in inputs else tokens[:0]
-        if len(given) and torch.equal(tokens[: len(given)], given):  # models that go on writing
+        if len(given) and torch.equal(tokens[: len(given)], given):  # some repeat their input
             tokens = tokens[len(given) :]
         text = self.processor.batch_decode(tokens[None], skip_special_tokens=True)[0]
         return text, len(tokens) >= self.max_tokens and int(tokens[-1]) not in self._ends()
 
     def _inputs(self, pictures: list[Image.Image], prompt: str) -> Any:
-        """Return what the model is given: a message with all pictures; of a model that knows no
-        messages, the middle picture and the prompt."""
+        """Return the model's inputs: a chat message with all pictures; for a model without a chat
+        template, the middle picture and the prompt."""
         if not getattr(self.processor, "chat_template", None):
             middle = pictures[len(pictures) // 2]
             return self.processor(images=middle, text=prompt, return_tensors="pt")
@@ -130,14 +131,15 @@ class LocalCaptioner:
         )
 
     def _ends(self) -> set[int]:
-        """Return the tokens that end a text."""
+        """Return the numbers of the tokens that end a text."""
         ends = self.model.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
 
 
 @contextlib.contextmanager
 def _own_code_refused(folder: Path) -> Iterator[None]:
-    """Say in our words that a model brings code of its own: the library's advice is to run it."""
+    """Replace the library's error about a model with code of its own: it advises to run that
+    code."""
     try:
         yield
     except ValueError as error:
@@ -151,7 +153,7 @@ def _own_code_refused(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the library's warnings and bars while it loads."""
+    """Silence the library's warnings and progress bars during loading."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()

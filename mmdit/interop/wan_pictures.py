@@ -1,4 +1,4 @@
-"""The pictures that a Wan model continues: what it is given of them in sampling and in training.
+"""The pictures that a Wan model continues, as inputs of the network in sampling and in training.
 
 Axes: b sample · f latent frame · r row · c column · d channel.
 """
@@ -18,8 +18,8 @@ from mmdit.rng import Draws
 from mmdit.text_encoders.clip_vision import ClipVision, load_clip_vision
 from mmdit.tokenizers.with_picture import with_grey
 
-# channels that say which frames are given, before those of the picture's latents: one for each of 4
-# frames
+# number of channels, before those of the picture's latents, that mark given frames: one for each of
+# the 4 frames in a latent frame
 MASK = 4
 
 
@@ -30,10 +30,10 @@ def size_of_aspect(
     given: tuple[int | None, int | None] = (None, None),
     closest: bool = False,
 ) -> tuple[int, int]:
-    """Return width and height, in multiples of `multiple`, of the aspect of `picture` (width,
-    height) and at most `area`, as the published code chooses them; a `given` side stays. `closest`
-    (TI2V): of two sizes the one whose aspect is nearer, of a square the wider one.
-    """
+    """Return a width and height with the aspect ratio of `picture` (width, height), in multiples of
+    `multiple` and of at most `area`, chosen as in the published code. A side in `given` is kept.
+    `closest` (TI2V): the one of two candidates whose aspect ratio is nearer; for a square, the
+    wider one."""
 
     def whole(length: float) -> int:
         return max(multiple, int((length + 1e-6) // multiple) * multiple)
@@ -59,12 +59,13 @@ def size_of_aspect(
 
 @dataclass
 class Pictures:
-    """Further inputs of `model` from pictures in [0, 1], or from the latents of a cache made by
-    `tokenizers.with_picture`. CLIP's encoder (Wan 2.1) is loaded when it is first needed."""
+    """Makes further inputs of `model` from pictures in [0, 1], or from the latents of a cache that
+    was made with `tokenizers.with_picture`. CLIP's encoder (Wan 2.1) is loaded when it is first
+    needed."""
 
     model: Denoiser
     tokenizer: Tokenizer
-    device: torch.device | None = None  # None: where the model is
+    device: torch.device | None = None  # None: that of the model
 
     @cached_property
     def clip(self) -> ClipVision:
@@ -76,7 +77,7 @@ class Pictures:
             raise ConfigError("model.clip", f"{error}; {self.model.variant} needs it") from None
 
     def check(self, count: int, frames: int) -> None:
-        """Raise ValueError unless clips of `frames` can be drawn from so many pictures."""
+        """Raise ValueError unless clips of `frames` frames can be drawn from `count` pictures."""
         model = self.model
         wanted = {"none": min(count, 1), "first": 1, "first_last": 2}[model.picture]
         if count and model.picture == "none" and not model.takes_first_frame:
@@ -102,9 +103,9 @@ class Pictures:
             )
 
     def given(self, pictures: Tensor | None, frames: int) -> tuple[dict, Tensor | None]:
-        """Return, for sampling clips of `frames` with `pictures (n, 3, H, W)` (their first frame,
-        for FLF2V also their last), the further inputs of the network, and the first latent frame
-        `(1, 1, r, c, d)` if that is given (TI2V). ValueError: see `check`."""
+        """Return, for sampling clips of `frames` frames, the further inputs of the network, and the
+        first latent frame `(1, 1, r, c, d)` where that is given (TI2V), else None. `pictures (n, 3,
+        H, W)` are the first frame, and for FLF2V also the last. ValueError: see `check`."""
         model, spec = self.model, self.tokenizer.spec
         self.check(0 if pictures is None else len(pictures), frames)
         if pictures is None:
@@ -116,10 +117,10 @@ class Pictures:
 
     @torch.no_grad()
     def of_latents(self, latents: Tensor, draws: Draws | None = None) -> tuple[Tensor, dict]:
-        """Return, for training, the latents of the clips and the further inputs of the network
-        from raw `latents (b, f, r, c, 2 d)`. What CLIP sees is decoded from the latents: of the
-        first frame alone, or of grey between the first and the last.
-        """
+        """Return, for training, the latents of the clips and the further inputs of the network,
+        from raw `latents (b, f, r, c, 2 d)` of clips and their pictures. The pictures for CLIP are
+        decoded from these: from the first latent frame alone, or, with a last picture, from all of
+        them."""
         clips, given = latents.chunk(2, -1)
         pixels = None
         if self.model.clip_weights and self.model.picture == "first_last":
@@ -130,11 +131,11 @@ class Pictures:
 
     def _inputs(self, latents: Tensor, pictures: Tensor | None) -> dict:
         """Return the further inputs for normalised `latents (b, f, r, c, d)` of the given frames,
-        and `pictures (b, n, 3, H, W)` for CLIP."""
+        and for `pictures (b, n, 3, H, W)`, which CLIP sees."""
         mask = latents.new_zeros(*latents.shape[:-1], MASK)
         mask[:, 0] = 1
         if self.model.picture == "first_last":
-            mask[:, -1, ..., -1] = 1  # of the last 4 frames the last one
+            mask[:, -1, ..., -1] = 1  # the last of the 4 frames of the last latent frame
         inputs = {"y": torch.cat([mask, latents], -1)}
         if self.model.clip_weights:
             with torch.autocast(latents.device.type, enabled=False):

@@ -1,4 +1,5 @@
-"""A released Wan folder as a config of ours, with the sampling settings it was published with."""
+"""Describe a folder of a Wan release as a config of ours, with the sampling settings that were
+published with it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from mmdit.models.wan_denoiser import WanModelConfig
 from mmdit.weights import Checkpoint, is_wan_release
 
 MARKS = ("model_index.json", "Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-NEGATIVE_PROMPT = (  # what the official code takes for an empty one
+NEGATIVE_PROMPT = (  # the official code's default
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -20,7 +21,7 @@ NEGATIVE_PROMPT = (  # what the official code takes for an empty one
 NEGATIVE_FIRST = {
     "I2V-14B": "镜头晃动，",
     "FLF2V-14B": "镜头切换，",
-}  # a shaking camera, a cut: what two of them avoid before that
+}  # a shaking camera, a cut: what two of them also avoid, first
 I2V_14B_SHIFT_720P = 5.0
 SIZE_480P, SIZE_720P, SIZE_5B = (832, 480), (1280, 720), (1280, 704)
 PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), boundary, size
@@ -35,16 +36,16 @@ PUBLISHED = {  # steps, shift, guidance (of the high expert, then of the low), b
 
 
 def published_boundary(settings: WanModelConfig, pair: bool) -> float:
-    """Return the boundary between the experts of the release that `settings` name, from the headers
-    of one of its files. ValueError: they cannot be read."""
+    """Return the boundary between the experts of the release that `settings` name, which the
+    headers of one of its files reveal. ValueError if they cannot be read."""
     stored = Checkpoint(locate(settings.name_or_path, "high" if pair else settings.expert))
     config = stored_sizes(stored, settings.name_or_path)
     return PUBLISHED["I2V-A14B" if config.in_dim > config.out_dim else "T2V-A14B"][3]
 
 
 def published_shift(path: str | Path, width: int, height: int) -> float | None:
-    """Return the time shift of a release that has another one at each size (I2V-14B), for clips of
-    `width × height`; None for what is no such release."""
+    """Return the time shift for clips of `width × height` of a release whose shift depends on the
+    size (I2V-14B); None for other releases."""
     if variant_of(path) != "I2V-14B":
         return None
     small = width * height <= SIZE_480P[0] * SIZE_480P[1]
@@ -52,7 +53,7 @@ def published_shift(path: str | Path, width: int, height: int) -> float | None:
 
 
 def variant_of(path: str | Path) -> str | None:
-    """Return the name in `PUBLISHED` of the release in `path`, None if it is none."""
+    """Return the name in `PUBLISHED` of the release in `path`; None if there is no release."""
     release = _release(Path(path))
     return release and release[0]
 
@@ -62,8 +63,8 @@ def _has_boundary(index: Path) -> bool:
 
 
 def release_config(path: str | Path) -> dict | None:
-    """Return the config of a release in `path`, None if it is none. ValueError: it is one, and
-    cannot be read."""
+    """Return a config, as plain data, for the release in `path`; None if there is none. ValueError
+    if it is incomplete or cannot be read."""
     path = Path(path)
     release = _release(path)
     if release is None:
@@ -116,8 +117,8 @@ def release_config(path: str | Path) -> dict | None:
 
 
 def _release(path: Path) -> tuple[str, WanConfig, bool] | None:
-    """Return name, sizes, and whether it has two experts, of the release in `path`; None if it is
-    none."""
+    """Return the name and the sizes of the release in `path`, and whether it has two experts; None
+    if there is no release. ValueError if one of two experts is missing."""
     if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
         return None
     experts = [

@@ -1,8 +1,8 @@
-"""Wan 2.1 / 2.2 transformers from and to the files in the wild: official layout, that of Diffusers,
+"""Read and write Wan 2.1 / 2.2 transformers in the layouts in use: official, Diffusers', and
 repacked single files.
 
-Layouts differ in names only, one to one. High and low expert of a pair cannot be told from their
-weights: folders name them.
+The layouts differ only in names, which correspond one to one. The high and the low expert of a pair
+cannot be told apart by their weights: folders name them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000
 HEAD_DIM = 128
 
-MOST_WORDS = 65_536  # of a caption, as a config may ask for
+MOST_WORDS = 65_536  # the longest caption, in tokens, that a config may ask for
 CONFIG_KEYS = {  # Diffusers' config.json → ours
     "ffn_dim": "ffn_dim",
     "num_attention_heads": "num_heads",
@@ -76,8 +76,8 @@ CONFIG_KEYS = {  # Diffusers' config.json → ours
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 def locate(path: str | Path, expert: str | None = None) -> Path:
-    """Return the place of the weights asked for: `path` itself, or the expert's folder in it.
-    ValueError: an expert must be named and is not, or is named and not there."""
+    """Return where the weights lie: `path` itself, or the expert's folder in it. ValueError: an
+    expert must be named but is not, or is named but not there."""
     path = Path(path)
     if expert not in (None, "high", "low"):
         raise ValueError(
@@ -96,7 +96,7 @@ def locate(path: str | Path, expert: str | None = None) -> Path:
         )
     if expert is None:
         return next(iter(inside.values()), path)
-    # A folder `transformer` alone is that of a model without experts.
+    # A folder `transformer` without a second one holds a model without experts.
     experts = {
         name: folder
         for name, folder in inside.items()
@@ -124,7 +124,7 @@ def locate(path: str | Path, expert: str | None = None) -> Path:
 
 
 def expert_in_name(path: str | Path) -> Expert | None:
-    """Return the expert that the name of a file says it is for, None if it says nothing of one."""
+    """Return the expert that a file's name indicates, None if it indicates none."""
     name = Path(path).name.lower()
     for pattern in (r"(high|low)[-_ ]?noise", r"(?<![a-z])(high|low)(?![a-z])"):
         named = set(re.findall(pattern, name))
@@ -136,8 +136,8 @@ def expert_in_name(path: str | Path) -> Expert | None:
 
 
 def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
-    """Return the official name of every tensor by its stored name, the layout, and the prefix that
-    was taken off."""
+    """Return the official name of every tensor by its stored name, the layout, and the common
+    prefix of the stored names."""
 
     def begins(prefix: str) -> bool:
         return all(name.startswith(prefix) or SCALES.search(name) for name in names)
@@ -164,14 +164,15 @@ def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
 
 
 def left_out(names: dict[str, str]) -> tuple[str, ...]:
-    """Return the official names of tensors that no model here has, and that Diffusers does not read
-    either. `names`: as `official_names` gives them."""
+    """Return the official names of the tensors that neither our models nor Diffusers' read.
+    `names`: the table from `official_names`."""
     return tuple(name for name in names.values() if name.endswith("norm_added_q.weight"))
 
 
 def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfig:
-    """Return the sizes that official names and shapes tell. Heads are 128 wide, as in every
-    released Wan; 0 heads: they cannot be. ValueError: no Wan transformer."""
+    """Return the sizes that official names and shapes reveal. Heads are taken to be 128 wide, as in
+    every released Wan; num_heads is 0 if the width is no multiple of that. ValueError if it is no
+    Wan transformer."""
     try:
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
@@ -194,13 +195,13 @@ def infer_config(shapes: dict[str, tuple[int, ...]], source: object) -> WanConfi
 
 
 def stored_sizes(stored: Checkpoint, source: object) -> WanConfig:
-    """Return what `infer_config` reads from the headers of a file."""
+    """Return the result of `infer_config` for the headers of a checkpoint."""
     names = official_names(list(stored.entries))[0]
     return infer_config(shapes_of(stored.entries, names), source)
 
 
 def _no_transformer(names: Iterable[str], source: object, error: Exception) -> str:
-    """Say what a file is in which a tensor of the transformer is missing."""
+    """Return a message that says what a file holds that lacks tensors of the transformer."""
     names = list(names)
     if scales := [name for name in names if SCALES.search(name)]:
         return (
@@ -221,9 +222,9 @@ def _no_transformer(names: Iterable[str], source: object, error: Exception) -> s
 
 
 def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
-    """`inferred` with what config.json in `folder` says, of either layout: the number of heads,
-    epsilon and text length do not show in shapes. ValueError: it cannot be read, or contradicts the
-    weights."""
+    """Return `inferred`, completed from the config.json in `folder`, of either layout: shapes do
+    not show the number of heads, epsilon and text length. ValueError if it cannot be read, or
+    contradicts the weights."""
     more, file = inferred.in_dim - inferred.out_dim, folder / "config.json"
     if more not in (0, inferred.out_dim + 4):
         raise ValueError(
@@ -242,7 +243,7 @@ def read_config(folder: Path, inferred: WanConfig) -> WanConfig:
             for key, value in stored.items()
         }
         written = {key: value for key, value in renamed.items() if key in known}
-        for key in ("eps", "text_len"):  # null is no number, but the usual one
+        for key in ("eps", "text_len"):  # null stands for the default
             if stored.get(key, 0) is None:
                 written.pop(key, None)
         if foreign:
@@ -276,16 +277,18 @@ def load_dit(
     encoding: str | None = None,
     in_file: bool = False,
 ) -> WanDiT:
-    """Load a Wan transformer from an official or Diffusers folder, or a single file. Norms,
-    modulation, time and patch embeddings and the head stay float32 when `dtype` is less. Tensors
-    are read one by one into a model that has no memory before. `encoding`: the matrices of the
-    blocks are kept in it, to be frozen; those that the file holds as float8, with a scale or
-    without, stay as they are for float8. `in_file`: all weights stay in their files, to be read by
-    `unpack_weights` before anything is computed.
+    """Load a Wan transformer from an official or Diffusers folder, or a single file. The parts that
+    the official code keeps in float32 (`WanDiT.stored_dtype`) stay so when `dtype` has less.
+    Tensors are read one by one into a model on the meta device.
+
+    `encoding`: the matrices of the blocks are stored in it, to be frozen; for float8, those that
+    the file holds as float8 with a scale are kept as they are. `in_file`: all weights stay in their
+    files; `unpack_weights` must read them before anything is computed.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
-    tensors missing or unknown."""
+    tensors missing or unknown.
+    """
     place = locate(path, expert)
 
     def unpack(name: str, codes: Tensor, scale: Tensor) -> Tensor:
@@ -349,10 +352,10 @@ def load_denoiser(
     expert: str | None = None,
     in_file: bool = False,
 ) -> WanDenoiser:
-    """Load what the section `model:` of type wan names (of a pair its expert, or `expert`), to be
-    trained on latents of `spec` with text `text_dim` wide. `in_file`: see `load_dit`.
-    ConfigError, in one sentence: it cannot be read, or they do not belong together.
-    """
+    """Return the network that the section `model:` of type wan names (of a pair its expert, or
+    `expert`), to be trained on latents of `spec` and text tokens of width `text_dim`. `in_file`:
+    see `load_dit`. ConfigError, in one sentence, if it cannot be read, or the parts do not fit
+    together."""
     try:
         dtype, expert = (
             torch.float32 if settings.dtype == "float32" else torch.bfloat16,
@@ -394,7 +397,8 @@ def load_denoiser(
 
 
 def prepare(model: WanDenoiser, settings: WanModelConfig) -> WanDenoiser:
-    """Return a loaded network as `settings` ask for it; in place."""
+    """Set up a loaded network, in place, as `settings` ask, and return it. ConfigError if its
+    widths rule out float8 products."""
     model.settings, model.residual = settings, settings.residual
     model.checkpointing, model.checkpoint_every = settings.checkpointing, settings.checkpoint_every
     model.offload_activations = settings.offload_activations
@@ -455,12 +459,15 @@ def save_dit(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write config.json and the weights, in shards with an index when larger than `shard_bytes`:
-    what the model computes with. Adapters are merged in what is written (in float32, rounded
-    once; `model` keeps them), weights that are kept as float8 or elsewhere are unpacked, all else
-    is bit for bit as it is. `dtype`: of what is written, but for the parts that stay float32 when
-    a model is loaded in less. Written aside, then renamed. ValueError: the folder is there and not
-    empty, or a weight is no finite number in this type."""
+    """Write config.json and the weights with which the model computes, in shards with an index if
+    they are larger than `shard_bytes`.
+
+    Adapters are merged into what is written (in float32, rounded once; `model` keeps them), weights
+    that are stored as float8 or in other encodings are unpacked, and all others are written bit for
+    bit. `dtype`: the type to write, except for the parts that stay float32 in loading, too. The
+    folder is written under another name, then renamed. ValueError if the folder exists and is not
+    empty, or a weight is not finite in this type.
+    """
     folder = Path(folder)
     refuse_filled_folder(folder)
     if layout not in ("official", "diffusers"):
@@ -506,7 +513,7 @@ def _written_dtype(name: str, parameter: Tensor, dtype: torch.dtype | None) -> t
 
 @torch.no_grad()
 def _written(model: WanDiT, name: str, dtype: torch.dtype | None) -> Tensor:
-    """Return a parameter as `save_dit` writes it."""
+    """Return a parameter in the form in which `save_dit` writes it."""
     parameter = model.get_parameter(name)
     module, _, leaf = name.rpartition(".")
     layer = model.get_submodule(module)

@@ -1,5 +1,5 @@
-"""Weights that stay in their files, in the type that they have there, until they are needed: a
-process that keeps a part of a model need not hold a copy of all of it."""
+"""Keep weights in their files, in the dtype that they have there, until they are needed: a process
+that needs a part of a model then holds no copy of the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mmdit.nn.stored_weights import StoredWeight
 
 def left_in_file(tensor: Tensor, dtype: torch.dtype, encoding: Encoding | None = None) -> Tensor:
     """Return a weight of `dtype` that takes no memory of its own: `tensor`, which is mapped from a
-    file, or what unpacks it. `encoding`: of the weight, whatever it is in the file."""
+    file, or a `StoredWeight` that unpacks it. `encoding`: the encoding that the weight shall have
+    later, whatever it has in the file."""
     codes, scale = tensor, None
     if isinstance(tensor, StoredWeight):
         codes, scale = tensor.codes, tensor.scale
@@ -27,8 +28,8 @@ def left_in_file(tensor: Tensor, dtype: torch.dtype, encoding: Encoding | None =
 
 
 def unpack_weights(module: nn.Module, names: Container[str] | None = None) -> None:
-    """Give the weights of `module` that are of another type in their files, or those of them that
-    `names` has, memory of their own; in place."""
+    """Read the weights of `module` that have another form in their files (only those in `names`, if
+    given), and replace them in place by weights with memory of their own."""
     for name, weight in list(module.named_parameters()):
         if isinstance(weight, StoredWeight) and (names is None or name in names):
             place, _, leaf = name.rpartition(".")

@@ -36,7 +36,7 @@ from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 from mmdit.training.distributed import World
 from mmdit.training.parallel import shard, wrap
 from mmdit.training.pipeline import Pipeline, SampleSettings
-from mmdit.training.step_report import Window, matmul_rate
+from mmdit.training.step_report import ReportWindow, matmul_rate
 from mmdit.training.train_state import TrainState
 from mmdit.training.trainer import Trainer
 
@@ -88,7 +88,7 @@ class Bench:
         batch = Batch(latents, [CAPTION] * samples, ids, indices)
         # pinned, as the loader gives it
         self.batch = batch.pin_memory() if device.type == "cuda" else batch
-        self.window = Window(device)
+        self.window = ReportWindow(device)
         if compile:
             self.learner.compile_model()
         if self.config.train.replays:

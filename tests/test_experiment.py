@@ -807,6 +807,34 @@ def test_keys_without_a_part_in_a_training_are_told(shop, words, keys, reason):
     assert not idle_keys(load_experiment_config(shop.config))
 
 
+TURNS = "experts={{enabled: true, boundary: 0.5, switch_every: {}}}"
+PHASES = (
+    "alpha_schedule={{enabled: true, phases: "
+    "[{{name: a, alpha: 4, min_steps: {}}}, {{name: b, alpha: 8}}]}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "said"),
+    [
+        (["train.warmup_steps={}"], 6, "the learning rate comes to 0.0083 of 0.01"),
+        (["ema.start_step={}"], 5, "ema.start_step 5: nothing is averaged"),
+        ([*ADAPTED, TURNS], 5, "experts.switch_every 5: the expert low has no turn"),
+        ([*ADAPTED, PHASES], 5, "alpha_schedule.phases come to none of b"),
+    ],
+)
+def test_what_a_training_is_too_short_for_is_told(shop, words, number, said):
+    *more, word = words
+
+    def lines(value: int) -> list[str]:
+        given = ["train.max_steps=5", *more, word.format(value)]
+        return idle_keys(load_experiment_config(shop.config, given))
+
+    (line,) = lines(number)
+    assert line.startswith("too short: train.max_steps is 5") and said in line
+    assert not lines(number - 1)
+
+
 @torch.no_grad()
 def test_the_line_about_idle_keys_is_true_and_printed(shop, tmp_path, capsys):
     words = [*CLIPS, "model.joint_position=true", f"output_dir={tmp_path}"]

@@ -193,6 +193,7 @@ def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds
     settings = replace(
         config.train,
         max_steps=steps,
+        warmup_steps=0,
         log_every_steps=steps // 2,
         save_every_steps=steps,
         sample_every_steps=0,

@@ -4,6 +4,7 @@ settings."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 from mmdit.config import changed_keys
 from mmdit.experiment.experiment_config import ExperimentConfig
@@ -12,14 +13,40 @@ from mmdit.posttrain.posttrain_config import GENERATED
 
 def idle_keys(config: ExperimentConfig) -> list[str]:
     """Return a line for each reason why settings that a person changed have no effect in this
-    training. Configs that switch between two ways contain such settings, so they are no error; but
-    whoever meant them should know."""
+    training, and for each setting that it is too short for. Configs that switch between two ways
+    contain such settings, so they are no error; but whoever meant them should know."""
     lines = []
     for reason, section, names in _rows(config):
         changed = [f"{section}.{name}" for name in changed_keys(getattr(config, section), names)]
         if changed:
             lines.append(f"without a part in this training: {', '.join(changed)} ({reason})")
-    return lines
+    short = f"too short: train.max_steps is {config.train.max_steps}"
+    return lines + [f"{short}, and {line}" for line in _unreached(config)]
+
+
+def _unreached(config: ExperimentConfig) -> Iterator[str]:
+    """Yield, for each setting whose effect begins after the last step, what that means."""
+    train, experts, schedule = config.train, config.experts, config.alpha_schedule
+    steps = train.max_steps
+    if train.warmup_steps > steps:
+        reached = train.lr * steps / train.warmup_steps
+        yield (
+            f"train.warmup_steps {train.warmup_steps}: the learning rate comes to {reached:.2g} of"
+            f" {train.lr:g}"
+        )
+    if config.ema.enabled and config.ema.start_step >= steps:
+        yield f"ema.start_step {config.ema.start_step}: nothing is averaged"
+    both = experts.enabled and experts.routing == "block" and len(experts.trained) > 1
+    if both and experts.switch_every >= steps:
+        yield (
+            f"experts.switch_every {experts.switch_every}: the expert {experts.trained[1]} has no"
+            " turn, and is not trained"
+        )
+    if schedule.enabled:
+        begins = accumulate(phase.min_steps for phase in schedule.phases)
+        late = [phase.name for begin, phase in zip(begins, schedule.phases[1:]) if begin >= steps]
+        if late:
+            yield f"alpha_schedule.phases come to none of {', '.join(late)}"
 
 
 def _rows(config: ExperimentConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:

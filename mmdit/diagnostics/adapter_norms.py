@@ -15,12 +15,12 @@ from mmdit.adapters import Adapter, DoRALinear, LoKrLinear
 from mmdit.adapters.lora import kind_of
 from mmdit.weights import check_numbers
 
-EXACT = 1024  # up to this width a spectral norm comes from an eigenvalue
+EXACT = 1024  # up to this width, spectral norms are computed from eigenvalues
 
 
 @dataclass(frozen=True)
 class Change:
-    """Hold the norms of one layer's weight and of its update, or of a parameter and its whole
+    """The norms of one layer's weight and of its update, or of a parameter and its whole
     difference."""
 
     layer: str
@@ -39,8 +39,9 @@ class Change:
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """Return the largest singular value; of large matrices by power iteration on a block of vectors
-    (Halko et al. 2011, algorithm 4.4), from below and to about 1e-3."""
+    """Return the largest singular value. For large matrices it comes from power iteration on a
+    block of vectors (Halko et al. 2011, algorithm 4.4), which approaches it from below, to about
+    1e-3."""
     if min(matrix.shape) <= EXACT:
         matrix = matrix.double()
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
@@ -55,9 +56,9 @@ def spectral_norm(matrix: Tensor) -> float:
 
 @torch.no_grad()
 def update_norms(layer: Adapter) -> tuple[float, float]:
-    """Return the Frobenius and the spectral norm of the update. Those of LoRA come from its thin
-    factors (B = Q R, A = (Q' R')ᵀ: the r x r matrix R R'ᵀ has the singular values of B A), those of
-    LoKr are products of those of the factors. Neither is formed whole; DoRA's is."""
+    """Return the Frobenius and the spectral norm of the update. For LoRA they come from the thin
+    factors (with B = Q R and A = (Q' R')ᵀ, the r x r matrix R R'ᵀ has the singular values of B A),
+    for LoKr they are products of the norms of the factors; neither update is formed. DoRA's is."""
     if isinstance(layer, LoKrLinear):
         first, second = layer.factors(torch.float64)
         scale = abs(layer.scale)
@@ -74,8 +75,9 @@ def update_norms(layer: Adapter) -> tuple[float, float]:
 
 @torch.no_grad()
 def delta_budget(layers: Iterable[tuple[str, Adapter]]) -> list[Change]:
-    """Measure one layer at a time, so that weights may be read one at a time. ValueError: one holds
-    nan or infinity, with which no limit can be compared."""
+    """Return the change of each layer, measured one layer at a time, so that weights may be read
+    one at a time. ValueError if a tensor holds nan or infinity, which cannot be compared with a
+    limit."""
     changes = []
     for name, layer in layers:
         for part, value in layer.named_parameters():
@@ -88,8 +90,8 @@ def delta_budget(layers: Iterable[tuple[str, Adapter]]) -> list[Change]:
 
 @torch.no_grad()
 def difference_budget(changes: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[Change]:
-    """Measure whole differences, by the names of their parameters, against those `before` them. Of
-    what is no matrix the spectral norm is the other one."""
+    """Return the change of each parameter that has a whole difference, relative to its value
+    `before`. For parameters that are no matrices, the spectral norm is the Frobenius norm."""
     result = []
     for name, change in changes.items():
         norms = []
@@ -103,9 +105,9 @@ def difference_budget(changes: Mapping[str, Tensor], before: Mapping[str, Tensor
 
 
 def summarise(changes: list[Change]) -> dict:
-    """Return, ready for JSON, `total` and the groups `layers`, `kinds` (numbered blocks as one) and
-    `blocks`. Each row has `count`, `ratio` (of the norms of all that it covers), `max_ratio` and
-    `max_spectral_ratio`."""
+    """Return, ready for JSON, `total` and the groups `layers`, `kinds` (numbered blocks taken
+    together) and `blocks`. Each row has `count`, `ratio` (of the joint norms of all that it
+    covers), `max_ratio` and `max_spectral_ratio`."""
     groups: dict[str, dict[str, list[Change]]] = {"layers": {}, "kinds": {}, "blocks": {}}
     for change in changes:
         number = re.search(r"(?:^|\.)blocks\.(\d+)\.", change.layer)
@@ -134,7 +136,7 @@ def _row(changes: list[Change]) -> dict:
 
 
 def format_budget(summary: dict) -> str:
-    """Return a table for people of what `summarise` gave."""
+    """Return the result of `summarise` as a table for people."""
     blocks = {f"block {name}": row for name, row in summary["blocks"].items()}
     lines = [f"{'':28}  layers  ‖ΔW‖/‖W‖   largest  spectral"]
     for name, row in (*summary["kinds"].items(), *blocks.items(), ("all", summary["total"])):

@@ -1,8 +1,8 @@
-"""Measure what attention does, before its softmax: how large logits are, how spread the weights,
-how much of them goes to padding.
+"""Measure attention before its softmax: how large the logits are, how spread the weights, and how
+much weight goes to padding.
 
-With norms on queries and keys, a longer key changes nothing, so q and k adapters are judged here
-and not by ‖ΔW‖.
+With norms on queries and keys, a longer key changes nothing, so that adapters of q and k are judged
+by these and not by ‖ΔW‖.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from torch import Tensor, nn
 
 from mmdit.nn import attention
 
-QUERIES, SAMPLES = 256, 64  # at most so many rows of a call are looked at, evenly spaced
+QUERIES, SAMPLES = 256, 64  # the most rows of a call that are examined, evenly spaced
 
 
 class Statistics:
-    """Sums over all calls of one attention layer, by head."""
+    """Sums for each head over all calls of one attention layer."""
 
     def __init__(self, heads: int):
         self.heads, self.count, self.rows = heads, 0, 0
-        # of logits, their squares, entropies, padding
+        # sums of logits, of their squares, of entropies, of the weight on padding
         self.sums = torch.zeros(4, heads, dtype=torch.float64)
-        self.largest = torch.full((2, heads), -math.inf)  # logit, absolute
+        self.largest = torch.full((2, heads), -math.inf)  # largest logit, largest absolute one
 
     @torch.no_grad()
     def add(self, q: Tensor, k: Tensor, valid: Tensor | None) -> None:
-        """Add a call of `nn.attention.attend`; axes folded into its heads are unfolded."""
+        """Add a call of `nn.attention.attend` with these arguments; axes that are folded into the
+        heads are unfolded."""
         if valid is not None and valid.ndim == 4:
             valid = valid.expand(*q.shape[:3], k.shape[2])
         q, k = self._by_head(q), self._by_head(k)
@@ -46,7 +47,7 @@ class Statistics:
             bias = mask.float() if biased else bias.masked_fill(~mask, -math.inf)
         seen = bias > -math.inf
         weights = torch.softmax(logits + bias, -1)
-        padding = weights[..., -1]  # Wan: the last key is all padding
+        padding = weights[..., -1]  # for Wan, the last key stands for all padding
         if not biased:
             padding = torch.zeros_like(padding)
         entropy = torch.special.entr(weights).sum(-1)
@@ -68,7 +69,7 @@ class Statistics:
 
     def result(self) -> dict[str, list[float]]:
         """Return `logit_std`, `max_logit`, `max_abs_logit`, `mean_entropy` and `padding_mass`, each
-        by head."""
+        as a list over heads."""
         total, squares, entropy, padding = self.sums
         variance = (squares / self.count - (total / self.count).square()).clamp(min=0)
         values = {
@@ -83,8 +84,8 @@ class Statistics:
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[dict[str, Statistics]]:
-    """Yield a dictionary that fills with `Statistics` by the names of the attention layers of
-    `model` that run inside."""
+    """Yield a dictionary. While the block runs, it fills with `Statistics` of the attention layers
+    of `model` that are called, by their names."""
     statistics: dict[str, Statistics] = {}
     running: list[tuple[str, attention.HeadedAttention]] = []
 
@@ -114,7 +115,8 @@ def observed(model: nn.Module) -> Iterator[dict[str, Statistics]]:
 
 
 def mean_over_heads(statistics: dict[str, Statistics]) -> dict[str, dict[str, float]]:
-    """Return by layer, over its heads, the largest logits and the mean of all else."""
+    """Return, for each layer, the largest logits of any head and the mean over heads of all other
+    values."""
     table: dict[str, dict[str, float]] = {}
     for layer, row in statistics.items():
         table[layer] = {
@@ -125,7 +127,8 @@ def mean_over_heads(statistics: dict[str, Statistics]) -> dict[str, dict[str, fl
 
 
 def format_attention(before: dict, after: dict) -> str:
-    """Return a table for people of two summaries of the same layers."""
+    """Return a table for people that compares two results of `mean_over_heads` for the same
+    layers."""
     columns = {
         "logit_std": "logit std",
         "max_logit": "largest logit",

@@ -1,5 +1,5 @@
-"""A contact sheet of what a cache holds: samples of every size, decoded, so that one sees what the
-model will be shown."""
+"""Draw a contact sheet of a cache: decoded samples of every size, so that one sees what the model
+will be shown."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mmdit.data.cache.latent_cache import LatentCache
 from mmdit.interfaces import Tokenizer
 from mmdit.training.media import contact_sheet
 
-CELL = 160  # pixels, the side of the square that a frame is fitted into
-FRAMES = 8  # of a clip, at most
+CELL = 160  # side, in pixels, of the square into which a frame is fitted
+FRAMES = 8  # the most frames that are shown of a clip
 
 
 def spread_items(cache: LatentCache, count: int) -> list[int]:
-    """Return the numbers of `count` items (all, if there are fewer): every size in turn, evenly
-    over the items of each."""
+    """Return the numbers of `count` items (of all, if there are fewer), distributed over all sizes,
+    and evenly over the items of each size."""
     sizes, inverse = torch.unique(cache.shapes[:, 1:3], dim=0, return_inverse=True)
     groups = [torch.nonzero(inverse == number).flatten() for number in range(len(sizes))]
     chosen: list[int] = []
-    # what small groups leave goes to larger ones
+    # places that small groups leave free go to larger ones
     for place, group in enumerate(sorted(groups, key=len)):
         share = math.ceil((count - len(chosen)) / (len(groups) - place))
         places = torch.linspace(0, len(group) - 1, min(len(group), share), dtype=torch.float64)
@@ -33,7 +33,7 @@ def spread_items(cache: LatentCache, count: int) -> list[int]:
 
 
 def fitted(pixels: Tensor) -> Tensor:
-    """Return `(F, 3, H, W)` scaled to fit into a white square of `CELL` pixels."""
+    """Return `(F, 3, H, W)` scaled to fit into a white square with a side of `CELL` pixels."""
     scale = CELL / max(pixels.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in pixels.shape[-2:])
     small = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
@@ -41,15 +41,15 @@ def fitted(pixels: Tensor) -> Tensor:
 
 
 def cache_sheet(cache: LatentCache, tokenizer: Tokenizer, count: int) -> Image.Image:
-    """Draw `count` items with id, size and caption; clips as strips of up to 8 frames, evenly over
-    their length. Each frame is decoded alone, as tokenizers here encode it. ValueError: a damaged
-    item."""
+    """Draw `count` items with id, size and caption; of clips, up to 8 frames spread evenly over
+    their length. Each latent frame is decoded alone, unless the tokenizer joins frames in time:
+    then the first ones of a clip are decoded together. ValueError if an item is damaged."""
     items = spread_items(cache, count)
     shown = min(FRAMES, int(cache.shapes[items, 0].max()))
     cells, texts = [], []
     for item in items:
         latents = cache.load_finite(item)
-        if tokenizer.spec.temporal > 1:  # a latent frame has no picture without those before it
+        if tokenizer.spec.temporal > 1:  # a latent frame needs those before it
             decoded = latents[: min(shown, cache.manifest.joined or shown)]
         else:
             decoded = latents[torch.linspace(0, len(latents) - 1, shown).round().long()]

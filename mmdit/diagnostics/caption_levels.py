@@ -1,12 +1,13 @@
-"""At which noise levels a network needs its captions. Where little noise hides a sample, the
-caption says nothing new; under too much of it, nothing can be decided yet. Between the two lies
-what training and the sampler must not miss.
+"""Measure at which noise levels a network needs its captions. Where little noise hides a sample,
+the caption adds nothing; under too much noise, nothing can be decided yet. The levels between are
+those that training and the sampler must not miss.
 
-What a caption says of a sample, in nats, is the integral over log SNR of half the SNR times what
-the caption takes from the squared error of the clean estimate (Guo et al. 2005, "Mutual information
-and minimum mean-square error"; for diffusion models Kong et al. 2302.03792). That holds for a
-perfect network. At low noise a real one overstates it: it knows dropped captions, one in ten of
-training, a little less well, and the SNR there multiplies that.
+What a caption says about a sample, in nats, is the integral over log SNR of half the SNR times the
+amount by which the caption lowers the squared error of the clean estimate (Guo et al. 2005, "Mutual
+information and minimum mean-square error"; for diffusion models Kong et al. 2302.03792). This holds
+for a perfect network. At low noise, a real one overstates it: it predicts a little worse without
+captions, which it has seen in one of ten training samples, and the SNR there multiplies the
+difference.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from mmdit.diffusion.samplers import SamplerConfig
 from mmdit.rng import Draws
 from mmdit.training.learner import Learner
 
-LOG_SNRS = tuple(float(value) for value in range(-16, 3))  # from the noisiest on
-TIMES = 1 << 16  # drawn to find the shares of training
+LOG_SNRS = tuple(float(value) for value in range(-16, 3))  # starting with the noisiest
+TIMES = 1 << 16  # times drawn to estimate the shares of training
 BISECTIONS = 50
-LEAST = 0.1  # nats for a unit of log SNR; less may be chance
+LEAST = 0.1  # nats per unit of log SNR; less may be chance
 
 
 @dataclass(frozen=True)
 class Level:
     """One noise level. `error`, `error_without`: mean squared errors of the clean estimate with and
-    without captions; `nats`: what captions say, for each unit of log SNR."""
+    without captions; `nats`: what captions say, per unit of log SNR."""
 
     log_snr: float
     t: float
@@ -53,10 +54,11 @@ def caption_levels(
     crops: Tensor | None = None,
     places: Tensor | None = None,
 ) -> list[Level]:
-    """Measure the network of `learner` on raw `latents (b, F, H, W, C)` at each of `log_snrs` that
-    its objective trains. Both errors of a level have the same noise. `crops (b, 4)`: which parts
-    of their pictures the samples are, of a network with `model.crop`; `places (b, 5)`: where in
-    their clips they lie, of one that was trained on tiles."""
+    """Return the measurements of the network of `learner` on raw `latents (b, F, H, W, C)`, at each
+    of `log_snrs` that its objective trains. Both errors of a level use the same noise. `crops (b,
+    4)`: which parts of their pictures the samples show, for a network with `model.crop`; `places
+    (b, 5)`: where the samples lie in their clips, for a network trained on tiles. ValueError if the
+    objective trains none of the levels."""
     clean, objective = learner.spec.normalize(latents), learner.objective
     text = learner.text_encoder(captions)
     dropped = torch.ones(len(captions), dtype=torch.bool, device=latents.device)
@@ -90,7 +92,7 @@ def caption_levels(
 
 
 def log_snr_at(objective: Objective, t: float) -> float:
-    """Return log(alpha² / sigma²) at the time `t`; infinite at its ends."""
+    """Return log(alpha² / sigma²) at the time `t`; it is infinite at the ends of the path."""
     alpha, sigma = (float(value) for value in objective.path.alpha_sigma(t))
     if not alpha or not sigma:
         return math.inf if alpha else -math.inf
@@ -98,7 +100,8 @@ def log_snr_at(objective: Objective, t: float) -> float:
 
 
 def time_of(objective: Objective, log_snr: float) -> float:
-    """Return the time whose log SNR is nearest to `log_snr`, as training can draw it."""
+    """Return the time with the log SNR `log_snr`, moved to the nearest one that training can
+    draw."""
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -107,8 +110,9 @@ def time_of(objective: Objective, log_snr: float) -> float:
 
 
 def peak(levels: list[Level]) -> Level | None:
-    """Return the noisiest level at which captions say more than at both its neighbours and at
-    least `LEAST`, or the noisiest of all that training comes to; None where there is none."""
+    """Return the noisiest level at which captions say at least `LEAST` and more than at its
+    neighbours; None if there is none. The first level has only one neighbour, and the last one
+    never counts."""
     nats = [-math.inf, *(level.nats for level in levels)]
     for level, before, here, after in zip(levels, nats, nats[1:], nats[2:]):
         if here >= LEAST and before < here > after:
@@ -119,8 +123,8 @@ def peak(levels: list[Level]) -> Level | None:
 def shares(
     objective: Objective, levels: list[Level], frames: int, sampler: SamplerConfig
 ) -> list[tuple[float, int]]:
-    """Return for each level the share of the times of training on clips of `frames` that are
-    nearest to it in log SNR, and how many steps of the sampler begin there."""
+    """Return, for each level, the share of the times drawn in training on clips of `frames` frames
+    that are nearest to it in log SNR, and how many steps of the sampler begin there."""
     drawn = objective.draw_time(Draws.of(0, 0, TIMES), frames)
     alpha, sigma = objective.path.alpha_sigma(drawn)
     trained = 2 * (alpha / sigma).log()
@@ -139,7 +143,8 @@ def shares(
 def format_levels(
     objective: Objective, levels: list[Level], frames: int, sampler: SamplerConfig
 ) -> str:
-    """Return a table for people, from the noisiest level on, and a sentence on what to change."""
+    """Return a table for people, starting with the noisiest level, and a sentence on where captions
+    decide most."""
     visits = shares(objective, levels, frames, sampler)
     rows = [
         f"{level.log_snr:8.1f} {level.t:8.5f} {level.error:9.4f} {level.error_without:9.4f}"

@@ -14,12 +14,12 @@ from mmdit.interop.encoders import digest
 from mmdit.weights import Checkpoint
 
 BATCH = 64  # captions
-SHIFTS = 8  # other captions that each sample is compared with
+SHIFTS = 8  # captions of other samples with which each is compared
 
 
 class ClipScore:
-    """Collects cosines of samples and captions by the CLIP in a folder of transformers. Of a clip
-    every frame counts. `similarity`: that CLIP, if it is loaded already."""
+    """Collects cosines between samples and captions, by the CLIP in a folder of transformers. Every
+    frame of a clip counts. `similarity`: this CLIP, if it is loaded already."""
 
     def __init__(
         self, folder: str, device: torch.device | str, similarity: Similarity | None = None
@@ -31,15 +31,16 @@ class ClipScore:
         self.captions: list[str] = []
 
     def anew(self) -> ClipScore:
-        """Return one for other samples, by the same CLIP."""
+        """Return an empty score for other samples, with the same CLIP."""
         return ClipScore(self.folder, self.device, self.similarity)
 
     @torch.no_grad()
     def add(self, pixels: Tensor, captions: list[str]) -> None:
-        """Take in samples `(B, F, 3, H, W)` in [0, 1] and what they should show."""
+        """Add samples `(B, F, 3, H, W)` in [0, 1] and the captions of what they should show."""
         frames = self.similarity.picture_features(pixels.to(self.device).flatten(0, 1))
         frames = F.normalize(frames, dim=-1).unflatten(0, pixels.shape[:2]).cpu()
-        # the mean of cosines is the cosine with the mean, as long as that keeps its length
+        # the mean of the frames' cosines is the cosine with their mean, as long as that is not
+        # normalised
         self.seen.append(frames.mean(1).double())
         if pixels.shape[1] > 1:
             self.steady.append(consistency(frames))
@@ -47,8 +48,9 @@ class ClipScore:
 
     @torch.no_grad()
     def cosines(self) -> tuple[Tensor, Tensor]:
-        """Return `(N,)` of samples with their captions, and as many or more with captions of other
-        samples that say something else (none if all say the same)."""
+        """Return the cosines `(N,)` of samples with their own captions, and cosines with captions
+        of other samples that differ from theirs, up to 8 for each (none if all captions are the
+        same)."""
         seen = torch.cat(self.seen)
         unique = list(dict.fromkeys(self.captions))
         place = {caption: number for number, caption in enumerate(unique)}
@@ -64,8 +66,8 @@ class ClipScore:
         return (seen * texts[rows]).sum(1), torch.cat(others) if others else seen.new_zeros(0)
 
     def report(self) -> dict:
-        """Return the scores with all that they depend on, ready for JSON. ValueError: no sample was
-        taken in."""
+        """Return the scores and everything on which they depend, ready for JSON. ValueError if no
+        sample was added."""
         if not self.captions:
             raise ValueError("a CLIP score needs one sample with a caption or more")
         cosines, others = self.cosines()
@@ -93,9 +95,9 @@ class ClipScore:
 
 
 class PreviewScore:
-    """`score(pixels, captions)`: the CLIP score of the samples of a preview, and that of the same
-    samples with other captions, if there are any. The network waits in CPU memory between previews.
-    ValueError: `folder` is no CLIP."""
+    """`score(pixels, captions)` returns the CLIP score of the samples of a preview, and the score
+    of the same samples with other captions, if there are any. Between previews the network stays in
+    CPU memory. ValueError if `folder` holds no CLIP."""
 
     def __init__(self, folder: str, device: torch.device):
         self.folder, self.device = folder, device
@@ -117,7 +119,7 @@ class PreviewScore:
 
 
 def format_clip_score(report: dict) -> str:
-    """Return the report as lines for a person."""
+    """Return the report as a line for people."""
     line = f"CLIP score {report['clip_score']:.2f} (100 max(cos, 0)) of {report['samples']} samples"
     if report["control"] is not None:
         line += f", {report['control']:.2f} with other captions"

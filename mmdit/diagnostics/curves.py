@@ -1,4 +1,5 @@
-"""Curves of one or several runs: a panel a quantity, a colour a run, a shade a series."""
+"""Draw the curves of one or several runs: one panel for each quantity, one colour for each run, one
+shade for each series."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from PIL import Image
 
 from mmdit.files import read_text
 
-LINE = {"linewidth": 1}  # of curves that are thinned and named
-POINTS = 400  # of a curve that is sent somewhere, at most
+LINE = {"linewidth": 1}  # style of curves that are thinned and named
+POINTS = 400  # the most points of a curve that is sent to a browser or a tracker
 EXPERT = re.compile(r"_(high|low)$")
 PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "loss": ("loss_ema_100", "loss_ema_10"),
@@ -49,7 +50,7 @@ PANELS = {  # title: names in metrics.jsonl; the first is drawn strongest
     "peak memory, GB": ("memory_gb", "memory_gib"),
     "skipped steps": ("skipped",),
 }
-NOT_ABOUT_THE_MODEL = (  # but about how its training went
+NOT_ABOUT_THE_MODEL = (  # panels about how training went
     "gradient norm",
     "learning rate",
     "samples a second",
@@ -60,15 +61,15 @@ NOT_ABOUT_THE_MODEL = (  # but about how its training went
     "skipped steps",
 )
 
-# title: how the names in metrics.jsonl begin that belong into a panel as well
+# title: the prefix of further names in metrics.jsonl that belong to a panel
 PREFIXES = {"reward of rollouts": "reward_", "validation loss by source": "val_loss/"}
 NO_CURVES = ("_std", "_seconds")
 
 
 def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the panels of the quantities `names`, each by its title, and what is drawn in it:
-    what `PANELS` lists, in that order, the same of each expert, and every reward. What belongs to
-    none of them has a panel of its own, behind."""
+    """Return the panels for the quantities `names`: by title, the quantities that are drawn in it.
+    Those in `PANELS` come first, in its order, with the same quantities of each expert, then those
+    in `PREFIXES`. A quantity that belongs to none of these gets a panel of its own at the end."""
     titles = {name: title for title, listed in PANELS.items() for name in listed}
     order = {name: place for place, name in enumerate(titles)}
     panels: dict[str, list[str]] = {}
@@ -86,13 +87,13 @@ def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_main(title: str) -> bool:
-    """Return whether a panel is one that is drawn of every run."""
+    """Return whether a panel is among those that are drawn for every run."""
     return title in PANELS or title in PREFIXES
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Read the records of a run folder or a metrics.jsonl file, without a torn last line.
-    ValueError names a file that is none."""
+    """Return the records of a run folder or of a metrics.jsonl file, without an incomplete last
+    line. ValueError names a file that holds no records."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     try:
         lines = read_text(path).splitlines()
@@ -116,7 +117,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def points(records: list[dict], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps at which a value is a finite number, and these values."""
+    """Return the steps at which the value `name` is a finite number, and these numbers."""
     steps, values = [], []
     for record in records:
         value = number_of(record.get(name))
@@ -127,19 +128,19 @@ def points(records: list[dict], name: str) -> tuple[list[float], list[float]]:
 
 
 def number_of(value: Any) -> float | None:
-    """Return the number that a curve shows of a value, of one for each of several sizes their mean;
-    None if there is no finite one."""
+    """Return the number that a curve shows for a value: the value itself, or the mean if it is a
+    dictionary of values, as for several sizes; None if it is not finite."""
     if isinstance(value, dict) and value:
         numbers = [part for part in map(number_of, value.values()) if part is not None]
         whole = len(numbers) == len(value)
         value = sum(part / len(numbers) for part in numbers) if whole else None
-    # a whole number of any length may stand in a file; nan is not below anything
+    # an integer from a file can be too large for a float, and a comparison with nan is false
     return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Return at most POINTS points of a curve: the least and the greatest of each stretch, so that
-    no peak is lost, and the last."""
+    """Return at most POINTS points of a curve: the smallest and the largest value of each stretch,
+    so that no peak is lost, and the last point."""
     if len(steps) <= POINTS:
         return steps, values
     array = np.asarray(values)
@@ -153,14 +154,14 @@ def thinned(steps: list[float], values: list[float]) -> tuple[list[float], list[
 
 
 def draw_curves(runs: dict[str, list[dict]]) -> Image.Image:
-    """Draw the records of every run, given by its name. Panels without any data are left out.
-    ValueError: matplotlib is missing."""
+    """Draw the records of all runs, which are given by name. Panels without data are left out.
+    ValueError if matplotlib is missing or there is nothing to draw."""
     return _image(_figure(runs, {}))
 
 
 def learning_curves(name: str, records: list[dict]) -> Image.Image:
-    """Return the curves of one run as a picture, without those of its pace and its optimizer.
-    ValueError: matplotlib is missing, or there is nothing to draw."""
+    """Return the curves of one run as a picture, without those of its speed and its optimizer.
+    ValueError if matplotlib is missing or there is nothing to draw."""
     return _image(_figure({name: records}, LINE, NOT_ABOUT_THE_MODEL))
 
 
@@ -171,8 +172,8 @@ def _image(figure: Any) -> Image.Image:
 
 
 def curves_svg(name: str, records: list[dict]) -> str:
-    """Return the curves of one run as an SVG element, which says in each panel what is drawn.
-    ValueError: matplotlib is missing, or there is nothing to draw."""
+    """Return the curves of one run as an SVG element, with a legend in each panel. ValueError if
+    matplotlib is missing or there is nothing to draw."""
     figure, text = _figure({name: records}, LINE), io.StringIO()
     from matplotlib import rc_context
 
@@ -186,8 +187,8 @@ def curves_svg(name: str, records: list[dict]) -> str:
 def _figure(
     runs: dict[str, list[dict]], line: dict[str, Any], left_out: tuple[str, ...] = ()
 ) -> Any:
-    """Return a matplotlib figure of the records of every run, without the panels `left_out`. With
-    properties of a `line`, curves are thinned and named."""
+    """Return a matplotlib figure of the records of all runs, without the panels `left_out`. If
+    properties of a `line` are given, curves are thinned, and legends name them."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -210,7 +211,7 @@ def _figure(
         raise ValueError("the runs have no figure yet that is drawn")
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (4.6 * columns, 2.5 * rows + 0.2 * len(runs))  # inches of 100 pixels
+    size = (4.6 * columns, 2.5 * rows + 0.2 * len(runs))  # inches, of 100 pixels each
     figure = Figure(size, dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -231,7 +232,7 @@ def _figure(
             panel.legend(fontsize=6, frameon=False)
     for panel in axes[len(panels) :]:
         panel.remove()
-    plain = {name: name.replace("$", r"\$") for name in runs}  # `$` begins a formula
+    plain = {name: name.replace("$", r"\$") for name in runs}  # `$` would begin a formula
     labels = [f"{plain[name]}, step {records[-1]['step']}" for name, records in runs.items()]
     colours = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
     figure.legend(colours, labels, loc="outside upper left", fontsize=8)

@@ -1,4 +1,4 @@
-"""Measure how far samples are from real pictures or clips, in the features of one frozen encoder:
+"""Measure how far samples are from real pictures or clips in the features of one frozen encoder:
 Frechet and kernel distance, precision and recall, density and coverage, and whether samples are
 copies."""
 
@@ -40,17 +40,17 @@ from mmdit.interop.picture_resizing import WAYS
 from mmdit.pixels import to_uint8, to_unit
 from mmdit.training.media import contact_sheet
 
-FEWEST = 2048  # samples below which the distance says more of their number than of the model
+FEWEST = 2048  # with fewer samples, the distance shows their number more than the model
 KEYS = ("name", "weights", "resize", "clips", "reference")
 BATCH = 64
 SHOWN = 16  # pairs on the sheet of copies
 PAIRS = 32  # pairs on the sheet of nearest items
-PENDING_BYTES = 1 << 28  # of samples whose nearest items are looked for at once
+PENDING_BYTES = 1 << 28  # of samples that wait for a common search of their nearest items
 
 
 def read_setting(setting: str) -> dict[str, str]:
-    """Return the parts of `--features`: `PATH`, or `key=value` divided by commas. ValueError: a key
-    is unknown or empty, or none names the weights."""
+    """Return the parts of `--features`, by key: `PATH`, or `key=value` separated by commas.
+    ValueError if a key is unknown, empty or repeated, or none names the weights."""
     first, *rest = setting.split(",")
     if "=" not in first:
         first = f"weights={first}"
@@ -73,7 +73,8 @@ def read_setting(setting: str) -> dict[str, str]:
 
 
 class Pair(NamedTuple):
-    """A sample, uint8 `(F, 3, H, W)`, and the real item nearest to it, by its number."""
+    """A sample, uint8 `(F, 3, H, W)`, the number of the real item nearest to it, and their
+    distance."""
 
     name: str
     distance: float
@@ -82,7 +83,8 @@ class Pair(NamedTuple):
 
 
 class FeatureSet:
-    """The features of what was taken in, with their names and the scores of frames."""
+    """The features of a set of items, with the names of the items and the scores of their
+    frames."""
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder
@@ -92,14 +94,15 @@ class FeatureSet:
 
     @property
     def features(self) -> Tensor:
-        """Return all of them `(N, D)`."""
+        """Return the features of all items `(N, D)`."""
         return torch.cat(self.parts)
 
     def add(self, pixels: Tensor, names: list[str]) -> Tensor:
-        """Take in uint8 `(B, F, 3, H, W)`; return their features `(B, D)`."""
+        """Add items, uint8 `(B, F, 3, H, W)`; return their features `(B, D)`. ValueError if the
+        encoder cannot read them, or their features are not finite or of another width."""
         try:
             features = torch.cat([self._encoded(to_unit(part)) for part in pixels.split(BATCH)])
-        except ValueError as error:  # a size or a number of frames that the encoder does not take
+        except ValueError as error:  # a size or number of frames that the encoder does not accept
             raise ValueError(f"{names[0]}: {error}") from None
         check_finite(features, names)
         if self.parts and self.parts[0].shape[1] != features.shape[1]:
@@ -115,7 +118,8 @@ class FeatureSet:
         return features
 
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """Return the features of a few items; where every frame is encoded, frames are compared."""
+        """Return the features of a batch of items. If the encoder reads every frame, the
+        consistency of the frames is recorded, too."""
         if not self.encoder.halves:
             return self.encoder(pixels)
         frames = self.encoder.of_frames(pixels)
@@ -125,8 +129,8 @@ class FeatureSet:
 
 
 def check_finite(features: Tensor, names: list[str]) -> None:
-    """Raise ValueError if `features (N, …)` hold what is no number, of which scores would say
-    nothing."""
+    """Raise ValueError if `features (N, …)` are not all finite, which would make scores
+    meaningless."""
     broken = (~features.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise ValueError(
@@ -136,7 +140,7 @@ def check_finite(features: Tensor, names: list[str]) -> None:
 
 
 def _check_count(option: str, source: str, items: FeatureSet) -> None:
-    """Raise ValueError for too few real items, before samples are drawn in vain."""
+    """Raise ValueError for fewer than two real items, before samples are drawn in vain."""
     if len(items.names) < 2:
         raise ValueError(
             f"--{option}: of {source} {len(items.names)} item could be read, two or more are needed"
@@ -144,11 +148,13 @@ def _check_count(option: str, source: str, items: FeatureSet) -> None:
 
 
 class FeatureDistance:
-    """Compares samples with real pictures or clips. `setting`: see `read_setting`. `real`: a
-    folder, a JSONL file or a cache; the training items, if samples should be looked at as copies of
-    them. `held_out`: likewise, real items that were not trained on. `shape`: what real items are
-    made to be; an encoder that sees one frame of a clip is given one frame of them. `tokenizer`:
-    what that word stands for in the setting.
+    """Compares samples with real pictures or clips.
+
+    `setting`: see `read_setting`. `real`: a folder, a JSONL file or a cache; to look for copies, it
+    must hold the training items. `held_out`: the same for real items that were not trained on.
+    `shape`: the size and frames to which real items are brought; for an encoder that sees one frame
+    of a clip, one frame of each is taken. `tokenizer`: the tokenizer that this word in the setting
+    stands for.
     """
 
     def __init__(
@@ -192,17 +198,17 @@ class FeatureDistance:
         self._begin()
 
     def _begin(self) -> None:
-        """Have taken in no sample yet."""
+        """Start without any sample."""
         self.drawn = FeatureSet(self.encoder)
-        self.distances: list[Tensor] = []  # of samples to the nearest real item
+        self.distances: list[Tensor] = []  # from samples to the nearest real item
         self.nearest: list[Tensor] = []
-        self.captions: dict[str, str] = {}  # of samples by their names
+        self.captions: dict[str, str] = {}  # of samples, by name
         self.closest: list[Pair] = []
-        self.first: list[Pair] = []  # by the names of the samples
+        self.first: list[Pair] = []  # the first samples in the order of their names
         self.pending: list[tuple[Tensor, Tensor, list[str]]] = []
 
     def anew(self) -> FeatureDistance:
-        """Return one for other samples, with the same encoder and real items."""
+        """Return an object for other samples, with the same encoder and real items."""
         other = copy.copy(self)
         other._begin()
         return other
@@ -213,8 +219,9 @@ class FeatureDistance:
         names: list[str] | None = None,
         captions: list[str] | None = None,
     ) -> None:
-        """Take in samples `(B, F, 3, H, W)` in [0, 1], rounded as a file would hold them, or as
-        uint8; `names` of them, or their numbers; what they should show, if that is known."""
+        """Add samples `(B, F, 3, H, W)`, as uint8, or in [0, 1] and then rounded as a file would
+        be; with their `names` (numbers if not given) and the `captions` of what they should show,
+        if known."""
         stored = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
         stored, count = stored.cpu(), len(self.drawn.names)
         names = names or [f"{count + i:04d}" for i in range(len(stored))]
@@ -224,8 +231,8 @@ class FeatureDistance:
             self._find_nearest()
 
     def _find_nearest(self) -> None:
-        """Find the nearest real item of each sample that waits, and keep the pixels of those
-        samples that a sheet shows."""
+        """Find the nearest real item of each waiting sample, and keep the pixels of those samples
+        that a sheet will show."""
         if not self.pending:
             return
         features, stored, names = zip(*self.pending)
@@ -241,7 +248,7 @@ class FeatureDistance:
         self.first = sorted([*self.first, *pairs], key=lambda pair: pair.name)[:PAIRS]
 
     def report(self) -> dict:
-        """Return the scores with all that they rest on, ready for JSON."""
+        """Return the scores and everything on which they depend, ready for JSON."""
         self._find_nearest()
         report = {
             "encoder": self.encoder.name,
@@ -278,8 +285,8 @@ class FeatureDistance:
         return report
 
     def _control(self) -> tuple[str, Tensor]:
-        """Return what samples are compared with, and the distances `(K,)` of those items to the
-        nearest real one."""
+        """Return the name of the control items, and their distances `(K,)` to the nearest real
+        item: held-out items, or without these the real items among themselves."""
         if self.held_out:
             distances = nearest_distances(self.held_out.features, self.real.features, 1)[0]
             return "held-out items", distances[:, 0].sqrt()
@@ -289,7 +296,7 @@ class FeatureDistance:
         return which, distances[:, 0].sqrt()
 
     def _copies(self) -> dict:
-        """Return `copy_scores`, with what each sample is nearest to."""
+        """Return `copy_scores`, and for each sample the nearest real item."""
         control, distances = self._control()
         distances_of_samples = torch.cat(self.distances)
         nearest = torch.cat(self.nearest).tolist()
@@ -303,8 +310,8 @@ class FeatureDistance:
         }
 
     def _own_caption(self, nearest: list[int]) -> dict[str, int] | None:
-        """Return how many samples have a caption of a real item, and how many of these are nearest
-        to such an item; None if none has."""
+        """Return how many samples have the caption of a real item, and how many of these are
+        nearest to an item with that caption; None if no sample has one."""
         of_item = [set(all_captions(record.caption, record.facts)) for record in self.records]
         known = set().union(*of_item) - {""}
         captions = [self.captions[name] for name in self.drawn.names]
@@ -348,8 +355,8 @@ class FeatureDistance:
         return self._sheet(self.first)
 
     def _sheet(self, pairs: list[Pair]) -> Image.Image:
-        """Draw samples beside their nearest real items, and say of how many control items the
-        nearest real one is farther away."""
+        """Draw samples beside their nearest real items. The text says what share of the control
+        items is farther from the nearest real item than the sample is."""
         control, distances = self._control()
         of = control.partition(":")[0]
         cells, captions = [], []
@@ -367,20 +374,20 @@ class FeatureDistance:
             ]
         shown = torch.stack(cells)
         drawn_rows = (shown < 1).flatten(0, 2).any(0).any(1).nonzero()
-        height = int(drawn_rows.max()) + 1 if len(drawn_rows) else CELL  # below it all is white
+        height = int(drawn_rows.max()) + 1 if len(drawn_rows) else CELL  # below, all is white
         return contact_sheet(
             shown[..., :height, :], captions, 8 if shown.shape[1] == 1 else 2, height
         )
 
 
 def _shown(clip: Tensor) -> Tensor:
-    """Return a few frames of uint8 `clip` for a sheet, fitted into squares, in [0, 1]."""
+    """Return a few frames of a uint8 clip, in [0, 1] and fitted into squares, for a sheet."""
     places = torch.linspace(0, len(clip) - 1, min(len(clip), FRAMES)).round().long()
     return fitted(to_unit(clip[places]))
 
 
 def format_features(report: dict) -> str:
-    """Return the report as lines for a person."""
+    """Return the report as lines for people."""
     kernel, copies = report["kernel_distance"], report["copies"]
     lines = [
         f"Frechet distance of {report['encoder']} features {report['frechet_distance']:.3f}:"

@@ -1,9 +1,9 @@
-"""Measure what nearest neighbours say of samples: precision and recall (Kynkaanniemi et al. 2019,
+"""Measure samples by their nearest neighbours: precision and recall (Kynkaanniemi et al. 2019,
 1904.06991), density and coverage (Naeem et al. 2020, 2002.09797), and whether samples are copies.
 
-Distances are Euclidean, in float64, and made for a block of rows at a time: memory is
-`BLOCK × BLOCK` distances, whatever the number of features. Two features are the same if their
-distance is below what rounding leaves of it.
+Distances are Euclidean, in float64, and computed for a block of rows at a time: they take the
+memory of `BLOCK × BLOCK` numbers, whatever the number of features. Two features count as the same
+if their distance is below its rounding error.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 BLOCK = 2048
-NEIGHBOURS = 3  # of precision and recall, as their paper has it
-DENSITY_NEIGHBOURS = 5  # of density and coverage, likewise
-ROUNDING = 1e-5  # of a distance between different pictures: the same one, encoded twice
-SLACK = 1e-9  # relative: what rounding adds to a squared distance that should equal a radius
+NEIGHBOURS = 3  # for precision and recall, as in their paper
+DENSITY_NEIGHBOURS = 5  # for density and coverage, likewise
+ROUNDING = 1e-5  # a smaller share of a usual distance: the same picture, encoded twice
+SLACK = 1e-9  # relative rounding error of a squared distance that should equal a radius
 
 
 def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return `(N, M)` float64 of `rows (N, D)` and `columns (M, D)`, exactly 0 between features
-    that are the same."""
+    """Return the squared distances `(N, M)`, float64, of `rows (N, D)` and `columns (M, D)`; they
+    are exactly 0 between features that are the same."""
     rows, columns = rows.double(), columns.double()
-    middle = columns.mean(0)  # a large common mean would cost digits
+    middle = columns.mean(0)  # a large common mean would cost precision
     rows, columns = rows - middle, columns - middle
     lengths = rows.square().sum(1)[:, None] + columns.square().sum(1)
     distances = lengths - 2 * rows @ columns.T
@@ -32,7 +32,7 @@ def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def blocks(features: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the place of the first row, and the rows, of each block."""
+    """Yield the blocks of `features`: the place of the first row, and the rows."""
     for start in range(0, len(features), BLOCK):
         yield start, features[start : start + BLOCK]
 
@@ -41,8 +41,8 @@ def nearest_distances(
     features: Tensor, others: Tensor, count: int, same: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return, for each of `features (N, D)`, the squared distances to the `count` nearest of
-    `others (M, D)` in ascending order, and which they are: both `(N, count)`. `same`: the two are
-    one set, and no feature is its own neighbour. ValueError: `others` has too few."""
+    `others (M, D)` in ascending order, and the places of these: both `(N, count)`. `same`: both are
+    the same set, and no feature is its own neighbour. ValueError if `others` has too few."""
     if len(others) - same < count:
         raise ValueError(
             f"{len(others)} features are too few for the {count} nearest of each; give more"
@@ -66,13 +66,13 @@ def nearest_distances(
 
 
 def manifold_scores(samples: Tensor, real: Tensor) -> dict[str, float]:
-    """Return `precision`, `recall`, `density` and `coverage` of `samples (N, D)` against
-    `real (M, D)`.
+    """Return `precision`, `recall`, `density` and `coverage` of `samples (N, D)` against `real (M,
+    D)`.
 
-    A ball around each real feature reaches to its k-th nearest other one. Precision is the share of
-    samples inside any ball, border included; recall is the same with the sets exchanged (k = 3).
-    Density is the mean number of balls that a sample is inside of, over k; coverage the share of
-    balls that hold a sample (k = 5, without the border).
+    Around each real feature there is a ball that reaches to its k-th nearest other one. Precision
+    is the share of samples inside any ball, border included; recall is the same with the sets
+    exchanged (both k = 3). Density is the mean number of balls around a sample, divided by k;
+    coverage is the share of balls that hold a sample (both k = 5, without the border).
     """
     most = max(NEIGHBOURS, DENSITY_NEIGHBOURS)
     around_real = nearest_distances(real, real, most, same=True)[0]
@@ -101,8 +101,8 @@ def manifold_scores(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def closer_share(samples: Tensor, control: Tensor) -> float:
-    """Return the probability that a value of `samples` is below one of `control`, equal ones
-    counted half (Mann-Whitney U over N M): 0.5 if both come from one distribution."""
+    """Return the probability that a value of `samples` is below one of `control`, where equal ones
+    count half (Mann-Whitney U over N M): 0.5 if both come from one distribution."""
     ordered = control.sort().values
     below = len(ordered) - torch.searchsorted(ordered, samples, right=True)
     equal = len(ordered) - torch.searchsorted(ordered, samples) - below
@@ -111,11 +111,11 @@ def closer_share(samples: Tensor, control: Tensor) -> float:
 
 def copy_scores(samples: Tensor, control: Tensor) -> dict:
     """Return how near samples are to training items: `samples (N,)` are their distances to the
-    nearest one, `control (K,)` those of items that were not trained on.
+    nearest training item, `control (K,)` those of items that were not trained on.
 
-    `closer`: see `closer_share`. `suspicious`: the share of samples that are nearer than all but
-    1 % of the control, so that about 0.01 is expected. `identical`: samples at distance 0 but for
-    the rounding of an encoder, which gives a picture other last digits in another batch.
+    `closer`: see `closer_share`. `suspicious`: the share of samples that are nearer than all but 1
+    % of the control, so that about 0.01 is expected. `identical`: samples at distance 0, up to the
+    rounding of an encoder, whose last digits depend on the batch.
     """
     return {
         "sample_distances": _quantiles(samples),
@@ -127,6 +127,6 @@ def copy_scores(samples: Tensor, control: Tensor) -> dict:
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
-    """Return the count, least, 1 %, median and largest of distances."""
+    """Return the count, least, 1 % quantile, median and largest of distances."""
     least, low, median, most = values.quantile(values.new_tensor([0.0, 0.01, 0.5, 1.0])).tolist()
     return {"count": len(values), "least": least, "low": low, "median": median, "largest": most}

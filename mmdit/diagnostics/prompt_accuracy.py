@@ -1,9 +1,9 @@
 """Measure how often a model shows what its prompt says, judged by the moving-shapes oracle, with
-the controls that give it a meaning.
+the controls that give the number a meaning.
 
-Beside every score stand the ceiling (the true pictures after the tokenizer's round trip: no model
-over it can be expected to do better) and a control (the same samples scored against other prompts:
-what a model that ignores its prompt would reach).
+Beside every score stand the ceiling (the score of the true pictures after the tokenizer's round
+trip: no model can be expected to exceed it) and a control (the same samples scored against other
+prompts: the score of a model that ignores its prompt).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def prompt_accuracy_report(
     count}` with its 95 % Wilson interval.
 
     `sample(captions, offset) -> pixels (B, frames, 3, height, width)` in [0, 1] is called for at
-    most `batch` prompts at a time; `offset` is the place of the first caption among all 512
-    prompts, whatever `count` and `batch` are: key the noise with it. `count`: how many of the 256
-    seen and of the 256 held-out prompts. `device`: where samples are judged, and the true pictures
-    for the ceiling drawn and encoded. With `frames > 1` there are also `motion_moving` and
-    `left_right` (see `motion_report`). `known`: such
-    a report of other weights, with the same tokenizer and options: its ceiling is taken over.
+    most `batch` prompts at a time. `offset` is the place of the first caption among all 512
+    prompts, whatever `count` and `batch` are: use it to key the noise. `count`: how many of the 256
+    seen and of the 256 held-out prompts. `device`: where samples are judged, and where the true
+    pictures for the ceiling are drawn and encoded. With `frames > 1` there are also `motion_moving`
+    and `left_right` (see `motion_report`). `known`: such a report for other weights, with the same
+    tokenizer and options, whose ceiling is reused.
     """
     check_counts(count, PROMPTS, batch)
     seen, held_out = (
@@ -83,7 +83,7 @@ def prompt_accuracy_report(
 
 
 def check_counts(count: int, most: int, batch: int) -> None:
-    """Refuse a number of prompts that there are not, and an empty batch."""
+    """Raise ValueError for a number of prompts below 2 or above `most`, and for an empty batch."""
     if not 2 <= count <= most:
         raise ValueError(f"count is {count}; must be from 2 to {most}, the number of fixed prompts")
     if batch < 1:
@@ -99,8 +99,9 @@ def read_samples(
     device: torch.device | str,
     variant: str = "one",
 ) -> Predictions:
-    """Return what the oracle, on `device`, sees in the samples of the prompts `listed`, of which
-    `first` is the place of the first one. `shape`: frames, channels, height, width of a sample."""
+    """Return what the oracle, on `device`, sees in the samples of the prompts `listed`; `first` is
+    the place of the first of these among all prompts. `shape`: frames, channels, height, width of a
+    sample."""
     parts = []
     for start in range(0, len(listed), batch):
         captions = [prompt.caption for prompt in listed[start : start + batch]]
@@ -121,8 +122,8 @@ def tokenizer_ceiling(
     shape: tuple[int, int, int, int],
     device: torch.device | str,
 ) -> dict:
-    """Return the score of the true pictures after `tokenizer`'s round trip: a rate with the
-    `attributes` in it."""
+    """Return the score of the true pictures after `tokenizer`'s round trip: a rate, with one for
+    each of the `attributes`."""
     result = accuracy(read_round_trip(tokenizer, facts, batch, shape, device), facts)
     return result["prompt_accuracy"] | {"attributes": result["attributes"]}
 
@@ -136,8 +137,8 @@ def read_round_trip(
     device: torch.device | str,
     variant: str = "one",
 ) -> Predictions:
-    """Return what the oracle sees in the true pictures after the round trip of a tokenizer, or
-    without one. `shape` is as in `read_samples`."""
+    """Return what the oracle sees in the true pictures, after the round trip of `tokenizer` if that
+    is not None. `shape` is as in `read_samples`."""
     parts, (frames, _, height, width) = [], shape
     for start in range(0, len(facts), batch):
         pixels = to_unit(render(facts[start : start + batch], width, height, frames, device))
@@ -148,8 +149,8 @@ def read_round_trip(
 
 
 def shuffled(predictions: Predictions, facts: list[Facts]) -> dict:
-    """Return the `accuracy` of the predictions against the facts of other samples: each against up
-    to 8 others, so that a rate near 1 % is known."""
+    """Return the `accuracy` of the predictions against the facts of other samples: up to 8 others
+    for each, so that even a rate near 1 % is known well."""
     count, others = len(facts), min(8, len(facts) - 1)
     shifts = [round(count * k / (others + 1)) for k in range(1, others + 1)]
     return accuracy(
@@ -159,8 +160,8 @@ def shuffled(predictions: Predictions, facts: list[Facts]) -> dict:
 
 
 def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
-    """Score the same predictions against the prompts of other samples. `chance`: how often two
-    different prompts agree."""
+    """Return the scores of the same predictions against the prompts of other samples. `chance`: how
+    often two different prompts agree."""
     result = shuffled(predictions, facts)
     stated = [vars(item) | vars(item.objects[0]) for item in facts]
 
@@ -176,9 +177,10 @@ def shuffled_control(predictions: Predictions, facts: list[Facts]) -> dict:
 
 
 def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
-    """Return `motion_moving`: motion over the prompts that move; and `left_right`: over the prompts
-    left and right, motion right, and in `opposite` how often the other of the two was shown. A
-    model without a position in time cannot tell them apart."""
+    """Return two rates. `motion_moving`: right motion, over the prompts that ask for motion.
+    `left_right`: right motion, over the prompts that ask for left or right; its `opposite` is how
+    often the opposite direction was shown. A model without positions in time cannot tell the two
+    apart."""
     asked = [item.objects[0].motion for item in facts]
     right = score_samples(predictions, facts)["motion"]
     shown = [VOCABULARY["motion"][k] if k >= 0 else None for k in predictions.motion[:, 0].tolist()]
@@ -194,7 +196,8 @@ def motion_report(predictions: Predictions, facts: list[Facts]) -> dict:
 
 
 def format_report(report: dict) -> str:
-    """Return a table for people: one row a prompt list or control, one column an attribute."""
+    """Return a table for people: one row for each prompt list or control, one column for each
+    attribute."""
     names = list(report["attributes"])
 
     def row(title: str, whole: dict | None, attributes: dict) -> str:

@@ -1,5 +1,5 @@
-"""Real items to compare samples with: a folder, a JSONL file, or a cache of latents, decoded by the
-tokenizer that made it."""
+"""Read real items with which samples are compared: from a folder, a JSONL file, or a cache of
+latents, decoded by the tokenizer that made it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from mmdit.tokenizers import VTPTokenizerConfig, build_tokenizer
 
 
 class RealItems:
-    """The items of `source`, each made to be of `shape`. `tokenizers`: one of them must have made a
-    cache, or the one that comes with mmdit. `clips`: one frame of each clip is taken, animated
-    pictures among them; of a folder pictures only where it holds no clip. ValueError: there is
-    nothing, or none of the tokenizers has."""
+    """The items of `source`, each brought to `shape`.
+
+    A cache must have been made by one of `tokenizers`, or by the tokenizer that comes with mmdit.
+    `clips`: items are one frame of each clip (or animated picture); pictures of a folder are read
+    only if it holds no clip. ValueError if there is nothing, or no tokenizer fits the cache.
+    """
 
     def __init__(
         self,
@@ -67,13 +69,13 @@ class RealItems:
 
     def _records(self) -> list[Record]:
         if self.clips:
-            with contextlib.suppress(ValueError):  # it holds no clip
+            with contextlib.suppress(ValueError):  # there is no clip
                 return media_records(self.source, 2)
         return media_records(self.source, self.shape.frames)
 
     def read_one(self, record: Record, size: tuple[int, int] | None) -> Tensor:
-        """Return the frames `(F, 3, H, W)` of one item at a size (width, height), or at its
-        own."""
+        """Return the frames `(F, 3, H, W)` of one item, at the size (width, height), or at its own
+        size if that is None."""
         shape = replace(self.shape, size=size)
         if self.cache is not None:
             return self._frames(self.cache, self.numbers[record.id], shape)
@@ -96,7 +98,7 @@ class RealItems:
     @torch.no_grad()
     def _frames(self, cache: LatentCache, number: int, shape: Shape) -> Tensor:
         latents = cache.load_finite(number)[..., : cache.manifest.plain[1]]
-        if self.tokenizer.spec.temporal == 1:  # frames are decoded one by one: only those needed
+        if self.tokenizer.spec.temporal == 1:  # frames are decoded separately, so only those needed
             latents = latents[list(shape.places(len(latents)))]
         else:
             latents = self._middle_sample(cache, latents)
@@ -109,17 +111,17 @@ class RealItems:
         return torch.from_numpy(np.stack([shape.cut(image) for image in images]))
 
     def _middle_sample(self, cache: LatentCache, latents: Tensor) -> Tensor:
-        """Return one of the samples `(F, h, w, C)` that lie one behind the other in a clip of a
-        tokenizer that joins frames, each encoded by itself."""
+        """Return the middle one of the samples `(F, h, w, C)` that a cached clip consists of, if
+        its tokenizer joins frames: these lie one after the other, each encoded by itself."""
         length = cache.manifest.joined or len(latents)
         first = len(latents) // length // 2 * length
         return latents[first : first + length]
 
 
 def _as_cached(cache: LatentCache, shape: Shape) -> Shape:
-    """Return the shape of clips counted in the frames that a cache holds: where a tokenizer joins
-    frames, those of a sample were chosen when it was cached. ValueError: they are at another
-    distance in time than `shape` asks."""
+    """Return `shape` counted in the frames that a cache holds: where a tokenizer joins frames, the
+    frames of a sample were chosen when it was cached. ValueError if their distance in time is not
+    the one that `shape` asks for."""
     rates = cache.rates - {shape.fps}
     if shape.fps is not None and rates:
         raise ValueError(

@@ -36,12 +36,12 @@ DRIVER = re.compile(r"tests\.drivers\.\w+")
 
 @dataclass(frozen=True)
 class Floors:
-    """Rates that a score must reach; None asks for nothing."""
+    """Rates that a score must reach; None sets no floor."""
 
     seen: float | None = None
     held_out: float | None = None
     left_right: float | None = None
-    # Of `--variant many`: what the seen prompts of each of its tasks must reach.
+    # For `--variant many`: the rate that the seen prompts of each task must reach.
     each_task: float | None = None
 
     def __post_init__(self):
@@ -51,7 +51,7 @@ class Floors:
                 raise ConfigError(field.name, f"is {floor}, must be a rate from 0 to 1")
 
     def of(self, rate: str) -> float | None:
-        """Return what a rate must reach, by its name in a results file."""
+        """Return the floor of a rate, which is given by its name in a results file."""
         return self.each_task if rate in TASKS else getattr(self, rate)
 
 
@@ -60,7 +60,7 @@ class Score:
     """One call of `mmdit evaluate` on the checkpoint of a stage."""
 
     name: str
-    # Further words of the command, overrides of the stored config last.
+    # Further words of the command; overrides of the stored config come last.
     evaluate: str = ""
     at_least: Floors = Floors()
 
@@ -73,16 +73,16 @@ class Stage:
     name: str
     config: FilePath = ""
     checkpoint: FilePath = ""
-    # The command that pre-trains the tokenizer of the cache, and its words, without output_dir and
-    # --device; without, the config names the tokenizer. The seeds share it, as they do the cache.
+    # The command that pre-trains the tokenizer of the cache, with its words except output_dir and
+    # --device; if empty, the config names the tokenizer. All seeds share it, as they do the cache.
     tokenizer: str = ""
-    # The caching command and its words, without --config, --out_dir and --device.
+    # The caching command with its words, except --config, --out_dir and --device.
     cache: str = ""
     # The earlier stage whose cache this one trains from.
     cache_of: str = ""
-    # Earlier stages whose caches it trains from as well, every item equally often.
+    # Earlier stages whose caches this one also trains from; every item is drawn equally often.
     beside: tuple[str, ...] = ()
-    # The earlier stage whose weights this one starts from; without, the config says it.
+    # The earlier stage from whose weights this one starts; if empty, the config decides.
     init_from: str = ""
     overrides: tuple[str, ...] = ()
     scores: tuple[Score, ...] = ()
@@ -108,15 +108,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a figure anew, from nothing."""
+    """The stages that make a figure from nothing."""
 
     title: str
     stages: tuple[Stage, ...]
     seeds: tuple[int, ...] = (0,)
-    # The program that makes it, `python -m MODULE`, where mmdit alone lacks a part that it names: a
-    # driver of ours, for a recipe may be a file of others.
+    # The program that runs it, `python -m MODULE`, if it names a part that mmdit alone lacks. Only
+    # our own drivers are allowed, because a recipe may be a file of others.
     module: str = "mmdit"
-    # Of a record: the track of the record log that it is in.
+    # For a record: its track in the record log.
     track: str = ""
 
     def __post_init__(self):
@@ -146,16 +146,16 @@ class Recipe:
 
     @property
     def program(self) -> str:
-        """Return what a person types in place of `mmdit`."""
+        """Return the words that a user types in place of `mmdit`."""
         return "mmdit" if self.module == "mmdit" else f"python -m {self.module}"
 
     def stage(self, name: str) -> Stage:
-        """Return a stage by its name."""
+        """Return the stage with this name."""
         return next(stage for stage in self.stages if stage.name == name)
 
     def tokenizer_of(self, stage: Stage, folder: str | Path) -> list[str]:
-        """Return the override that names the tokenizer of the cache of `stage` where a stage
-        pre-trains it, in `folder`; empty where the config names it."""
+        """Return the override that names the tokenizer of the cache of `stage`, if a stage
+        pre-trains it in `folder`; empty if the config names it."""
         maker = self._cached_by(stage)
         if not maker.tokenizer:
             return []
@@ -173,7 +173,7 @@ class Recipe:
 
 
 def check_names(path: str, names: Iterable[str]) -> None:
-    """Raise ConfigError unless the names are different, and names of files."""
+    """Raise ConfigError unless the names differ from each other, and can be names of files."""
     seen: set[str] = set()
     for name in names:
         if not name or Path(name).name != name or name.startswith(".") or name in seen:
@@ -182,14 +182,14 @@ def check_names(path: str, names: Iterable[str]) -> None:
 
 
 def recipe_path(folder: str | Path, name: str) -> Path:
-    """Return the file of a recipe, beside which its results lie: `folder/NAME.yaml`, or
-    `NAME/recipe.yaml` where NAME is the folder of a record."""
+    """Return the file of a recipe, beside which its results lie: `NAME/recipe.yaml` if NAME is the
+    folder of a record, else `folder/NAME.yaml`."""
     record = Path(name) / "recipe.yaml"
     return record if record.is_file() else Path(folder) / f"{name}.yaml"
 
 
 def read_recipe(folder: str | Path, name: str) -> Recipe:
-    """Read the recipe of this name. ValueError: there is none, or it is wrong."""
+    """Return the recipe with this name. ValueError if there is none, or it is wrong."""
     path = recipe_path(folder, name)
     if not path.is_file():
         known = ", ".join(recipe_names(folder)) or "none"
@@ -209,20 +209,21 @@ def short_hash(value: object) -> str:
 
 
 def overridden(stage: Stage) -> dict:
-    """Return what the config of a stage says now, with its overrides; nobody changes it."""
+    """Return the present config of a stage with its overrides, as plain data, which callers must
+    not change."""
     path = find(stage.config)
     return _overridden(path.read_text(encoding="utf-8"), str(path), stage.overrides)
 
 
-@lru_cache(maxsize=512)  # each stage is asked for by every seed, and parsing takes 25 ms
+@lru_cache(maxsize=512)  # every seed asks for each stage, and parsing takes 25 ms
 def _overridden(text: str, name: str, overrides: tuple[str, ...]) -> dict:
     mapping, _ = parse_yaml(text, name)
     return apply_overrides(mapping, list(overrides))
 
 
 def config_hash(stage: Stage) -> str:
-    """Return a hash of what the config of a stage says, its comments and defaults apart, together
-    with the stage; of a checkpoint that is only scored, of its bytes."""
+    """Return a hash of the content of a stage's config, without comments and defaults, and of
+    `init_from`; for a checkpoint that is only scored, a hash of its bytes."""
     if stage.checkpoint:
         path = find(stage.checkpoint)
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
@@ -231,8 +232,8 @@ def config_hash(stage: Stage) -> str:
 
 
 def stage_hash(recipe: Recipe, stage: Stage) -> str:
-    """Return a hash of all that a stage is made by: its config, its cache, its scores, and the
-    stages before it. What a score must reach does not count."""
+    """Return a hash of everything that determines the results of a stage: its config, its caches,
+    its scores, and the stages before it. The floors of its scores do not count."""
     names = [stage.cache_of, stage.init_from, *stage.beside]
     before = [stage_hash(recipe, other) for other in recipe.stages if other.name in names]
     scores = [[score.name, score.evaluate] for score in stage.scores]
@@ -241,14 +242,16 @@ def stage_hash(recipe: Recipe, stage: Stage) -> str:
 
 
 def cache_identity(stage: Stage) -> list:
-    """Return what the cache that `stage` makes depends on: the command and the sections read."""
+    """Return everything on which the cache that `stage` makes depends: the command, the sections of
+    the config that it reads, and the tokenizer."""
     mapping = overridden(stage)
     read = {key: mapping.get(key) for key in ("video", "tokenizer", "bucketing", "preprocess")}
     return [stage.cache, read, *tokenizer_identity(stage)]
 
 
 def tokenizer_identity(stage: Stage) -> list:
-    """Return what the tokenizer that `stage` pre-trains depends on; empty if it does not."""
+    """Return everything on which the tokenizer depends that `stage` pre-trains; empty if it trains
+    none."""
     if not stage.tokenizer:
         return []
     config = find(shlex.split(stage.tokenizer)[2])
@@ -257,7 +260,7 @@ def tokenizer_identity(stage: Stage) -> list:
 
 
 def documented_commands(recipe: Recipe, stage: Stage) -> list[str]:
-    """Return the commands of a stage as a person types them, with runs in `runs/`."""
+    """Return the commands of a stage as a user types them, with runs in `runs/`."""
     lines, checkpoint, program = [], stage.checkpoint, recipe.program
     if stage.config:
         caches = [f"data/cache/{maker.name}" for maker in recipe.cached_by(stage)]

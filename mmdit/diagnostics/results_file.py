@@ -1,9 +1,10 @@
-"""Results files: what the seeds of a recipe reached, pooled, with all that is needed to believe it.
+"""Results files: what the seeds of a recipe reached, pooled, with everything that is needed to
+believe it.
 
-A score has five rates: `seen`, `held_out`, `left_right` (clips), `ceiling` and `control`; one of
-`--variant many` also those of the seen prompts of each task, by its name. Each has
-`{value, low, high, correct, count}` over the prompts of all seeds with its 95 % Wilson interval,
-the value of every seed, and `accept`: from the least to the greatest end of the seeds' intervals.
+A score has five rates: `seen`, `held_out`, `left_right` (clips), `ceiling` and `control`; with
+`--variant many` also the rates of the seen prompts of each task, by its name. Each has `{value,
+low, high, correct, count}` over the prompts of all seeds with its 95 % Wilson interval, the value
+of every seed, and `accept`: from the lowest to the highest end of the seeds' intervals.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ RATES = {  # the name here: the name in a report of `mmdit evaluate`
     "ceiling": "tokenizer_ceiling",
     "control": "control",
 }
-REACHED = 0.95  # the held-out accuracy whose time is told
-TIMES = (  # facts of a training that depend on what else its device does
+REACHED = 0.95  # the held-out accuracy for which the time is reported
+TIMES = (  # facts of a training that depend on what else the device does
     "loop_seconds",
     "first_steps_extra_seconds",
     "step_seconds",
@@ -51,7 +52,7 @@ COMPARED = ("seen", "held_out", "left_right", *TASKS)
 
 
 def machine(device: torch.device) -> dict:
-    """Return what a measurement on `device` stands on: the card, and versions."""
+    """Return what a measurement on `device` depends on: the card, and versions."""
     cuda = device.type == "cuda"
     cores = f"CPU, threads: {torch.get_num_threads()}"
     return {
@@ -63,20 +64,20 @@ def machine(device: torch.device) -> dict:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Return the most memory of a GPU that tensors of this process took, in GB; None elsewhere."""
+    """Return the peak GPU memory of the tensors of this process, in GB; None on other devices."""
     if device.type != "cuda":
         return None
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
 
 
 def write_report(path: str | Path, report: dict) -> None:
-    """Write the report of a command as JSON, with the folders above it."""
+    """Write the report of a command as JSON, and make the folders above it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(report, indent=1))
 
 
 def pooled(rates: list[dict]) -> dict:
-    """Return one rate over the prompts of all seeds."""
+    """Return one rate, pooled over the prompts of all seeds."""
     correct = sum(rate["correct"] for rate in rates)
     count = sum(rate["count"] for rate in rates)
     low, high = wilson(correct, count)
@@ -99,13 +100,13 @@ def pooled(rates: list[dict]) -> dict:
 
 
 def rates_of(report: dict) -> dict:
-    """Return the rates of a report of `mmdit evaluate` by the names that they have here."""
+    """Return the rates of a report of `mmdit evaluate`, under the names of results files."""
     rates = {key: report[name] for key, name in RATES.items() if name in report}
     return rates | {task: row["seen"] for task, row in report.get("tasks", {}).items()}
 
 
 def without_details(rate: dict) -> dict:
-    """Return a rate without the attributes in it."""
+    """Return a rate without its `attributes` and `chance`."""
     return {key: value for key, value in rate.items() if key not in ("attributes", "chance")}
 
 
@@ -116,7 +117,7 @@ def curve_point(report: dict) -> dict:
 
 
 def pooled_score(seeds: list[dict]) -> dict:
-    """Return the rates of a score over the prompts of all seeds, by name."""
+    """Return the rates of a score by name, pooled over the prompts of all seeds."""
     score = {}
     for key in (*RATES, *TASKS):
         if key in seeds[0]:
@@ -125,7 +126,7 @@ def pooled_score(seeds: list[dict]) -> dict:
 
 
 def mean_of(rows: list[dict]) -> dict:
-    """Return the means of the numbers in `rows` by key; a number that a row lacks is left out."""
+    """Return the mean of the numbers in `rows` for each key, over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     means = {}
     for name in names:
@@ -136,9 +137,10 @@ def mean_of(rows: list[dict]) -> dict:
 
 
 def training_facts(run_dir: Path) -> dict:
-    """Read from the metrics of a run what its training cost. `first_steps_extra_seconds`: what the
-    first report took beyond the pace of the later ones, which is compiling and the like; None where
-    there are fewer than three reports."""
+    """Return what a training cost, from the metrics of its run. `first_steps_extra_seconds`: how
+    much longer the steps of the first report took than they would at the pace of the later ones,
+    through compiling and the like. It and `step_seconds` are missing if there are fewer than three
+    reports."""
     lines = read_text(run_dir / "metrics.jsonl").splitlines()
     rows = [json.loads(line) for line in lines]
     last, later = rows[-1], rows[1:] or rows
@@ -165,7 +167,7 @@ def training_facts(run_dir: Path) -> dict:
 
 
 def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
-    """Return what a results file holds, from the finished records of the seeds."""
+    """Return the content of a results file, from the finished records of the seeds."""
     versions = list(chain.from_iterable(record["versions"] for record in records))
     stages = {}
     for stage in recipe.stages:
@@ -189,7 +191,7 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
         if curves:
             stages[stage.name]["curves"] = curves
         if any(row.get("in_process") for row in rows):
-            stages[stage.name]["in_process"] = True  # its seconds are without the start of commands
+            stages[stage.name]["in_process"] = True  # its seconds exclude the start of commands
         untimed = [record["seed"] for record, row in zip(records, rows) if row.get("untimed")]
         if untimed:
             stages[stage.name]["untimed"] = untimed
@@ -207,7 +209,7 @@ def results(name: str, recipe: Recipe, records: list[dict]) -> dict:
 
 
 def without_times(row: dict) -> dict:
-    """Return the record of a stage of one seed, without seconds if it is marked as untimed."""
+    """Return the record of a stage for one seed; without seconds if it is marked as untimed."""
     if not row.get("untimed"):
         return row
     training = {name: fact for name, fact in row["training"].items() if name not in TIMES}
@@ -215,11 +217,14 @@ def without_times(row: dict) -> dict:
 
 
 def curve(rows: list[dict], score: str) -> dict:
-    """Return how a score grew with training, from the rows of a stage, one a seed: at each step the
-    rates over the prompts of all seeds, and by seed the seconds of a step (the median, so that
-    neither compiling nor a pause counts; None where it was not timed) and the seconds until the
-    held-out accuracy was REACHED, None where it never was. These are at the pace of the fastest
-    seed, for what others do on the machine meanwhile makes a step longer."""
+    """Return how a score grew during training, from the rows of a stage, one for each seed.
+
+    `points`: at each step, the rates over the prompts of all seeds. `step_seconds`: for each seed
+    the seconds of a step (the median, so that neither compiling nor a pause counts; None if it was
+    not timed). `seconds_to`: for each seed the seconds until the held-out accuracy was REACHED,
+    None if it never was. They are computed at the pace of the fastest seed, because other work on
+    the machine makes steps longer.
+    """
     points, reached = [], []
     for at, point in enumerate(rows[0]["curves"][score]):
         seeds = [row["curves"][score][at]["rates"] for row in rows]
@@ -234,7 +239,7 @@ def curve(rows: list[dict], score: str) -> dict:
 
 
 def first_reaching(points: list[tuple[float, float]], level: float) -> float | None:
-    """Return where the line through `points` (x, y), in order of x, first comes to the level: the
+    """Return where the line through `points` (x, y), sorted by x, first reaches the level: the
     first x if it begins there; None if it never does."""
     before: tuple[float, float] | None = None
     for x, y in points:
@@ -247,7 +252,7 @@ def first_reaching(points: list[tuple[float, float]], level: float) -> float | N
 
 
 def one_of(values) -> object:
-    """Return the value that all seeds share, or the list of all different ones."""
+    """Return the value that all seeds share, or a list of the different values."""
     different: list = []
     for value in values:
         if value not in different:
@@ -256,16 +261,16 @@ def one_of(values) -> object:
 
 
 def seconds_of(stages: dict) -> float | None:
-    """Return the seconds of all commands of a seed, with the caches that it trained from, or None
-    where a stage was timed in no seed."""
+    """Return the seconds of all commands of a seed, including those of its caches; None if a stage
+    was timed for no seed."""
     if not all(stage["seconds"] for stage in stages.values()):
         return None
     return round(sum(sum(stage["seconds"].values()) for stage in stages.values()), 1)
 
 
 def comparison(new: dict, published: dict | None, recipe: Recipe) -> tuple[list[str], bool]:
-    """Return a line for each rate of `new`, and whether all hold: they reach their floors, and lie
-    inside the interval that `published` accepts, or their own interval overlaps it."""
+    """Return a line for each rate of `new`, and whether all rates hold: each reaches its floor, and
+    lies inside the interval that `published` accepts, or its own interval overlaps that."""
     lines, holds = [], True
     accepted = published["stages"] if published else {}
     for stage in recipe.stages:
@@ -305,7 +310,8 @@ def _beside_published(rate: dict, known: dict | None) -> tuple[str, bool]:
 
 
 def shown_rate(rate: dict | None) -> str:
-    """Return a rate with its interval, and of several seeds the least and the greatest."""
+    """Return a rate with its interval, as text; with several seeds, also the lowest and the
+    highest."""
     if rate is None or rate["value"] is None:
         return ""
     text = f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]"
@@ -316,8 +322,8 @@ def shown_rate(rate: dict | None) -> str:
 
 
 def overview(folder: Path) -> str:
-    """Return a line for each recipe: its title, and the seconds that it took. ValueError: there is
-    none."""
+    """Return a line for each recipe: its title, and the seconds that it took. ValueError if there
+    is no recipe."""
     rows = []
     if not recipe_names(folder):
         raise ValueError(

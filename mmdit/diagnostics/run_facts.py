@@ -1,4 +1,4 @@
-"""Tell what a run came to, in words for a report or a card: its last figures, and its starts."""
+"""Describe a run in words for a report or a card: its last figures, and its starts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ STARTED = ("time", "device", "processes", "mmdit", "torch", "python", "commit")
 
 
 def figures(record: dict, most: int | None) -> list[str]:
-    """Return the figures of one record of metrics.jsonl, each in words; `most`: the steps that were
-    configured."""
+    """Return the figures in one record of metrics.jsonl, each in words; `most`: the configured
+    number of steps."""
     said = []
     if isinstance(record.get("step"), int | float):
         said.append(f"step {record['step']:g} of {most or '?'}")
@@ -43,22 +43,23 @@ def figures(record: dict, most: int | None) -> list[str]:
 
 
 def start_rows(run: Path) -> list[list[str]]:
-    """Return a table of the starts of a run, with versions, commit and device: the heads of its
-    columns, and a row a start. Only the heads: a run of an older version recorded none."""
+    """Return a table of the starts of a run, with versions, commit and device: a row of headings,
+    then a row for each start. There are only headings if the run is of an older version, which
+    recorded no starts."""
     names = ("step", *STARTED)
     rows = [list(names)]
     for start in read_starts(run):
         when = start.get("time")
         if isinstance(when, int | float):
-            with contextlib.suppress(OverflowError, ValueError, OSError):  # no time of a clock
+            with contextlib.suppress(OverflowError, ValueError, OSError):  # no valid time
                 start["time"] = datetime.datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M")
         rows.append([str(start.get(name)) for name in names])
     return rows
 
 
 def stored_versions(run: Path) -> str:
-    """Return what the newest checkpoint of a run says of versions; nothing if there is none that
-    can be read."""
+    """Return the versions that the newest checkpoint of a run names; "" if no checkpoint can be
+    read."""
     for folder in reversed(complete(run)):
         row = read_object(folder / "checkpoint.json")
         if "step" in row and "versions" in row:

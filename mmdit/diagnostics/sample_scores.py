@@ -1,4 +1,4 @@
-"""Scores of samples, whoever drew them: distances from real items, CLIP score."""
+"""Score samples, whatever drew them: distances from real items, CLIP score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmdit.training.media import read_facts, save_image
 
 
 class SampleScores:
-    """Measures samples as they come: by an encoder, by CLIP, by both or by none."""
+    """Measures samples as they arrive: with an encoder, with CLIP, with both or with neither."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class SampleScores:
         self.copies, self.nearest = copies, nearest
 
     def anew(self) -> SampleScores:
-        """Return scores of other samples by the same networks, with the same real items."""
+        """Return an object for other samples, with the same networks and real items."""
         distance = self.distance.anew() if self.distance else None
         clip_score = self.clip_score.anew() if self.clip_score else None
         return SampleScores(distance, clip_score, self.copies, self.nearest)
@@ -41,7 +41,7 @@ class SampleScores:
     def add(
         self, pixels: Tensor, captions: list[str] | None, names: list[str] | None = None
     ) -> None:
-        """Take in samples `(B, F, 3, H, W)` in [0, 1], or as uint8."""
+        """Add samples `(B, F, 3, H, W)`, in [0, 1] or as uint8."""
         if self.distance:
             self.distance.add(pixels, names, captions)
         if self.clip_score:
@@ -49,7 +49,7 @@ class SampleScores:
             self.clip_score.add(unit, captions or [])
 
     def report(self) -> dict:
-        """Return the scores by what made them, ready for JSON."""
+        """Return the scores, ready for JSON, by the measure that made them."""
         report = {}
         if self.distance:
             report["features"] = self.distance.report()
@@ -58,8 +58,9 @@ class SampleScores:
         return report
 
     def finish(self, report: dict) -> None:
-        """Add the scores to `report` and print them; write the sheets `copies`, of the samples that
-        are nearest to a real item, and `nearest`, of the first samples, each beside that item."""
+        """Add the scores to `report` and print them. Write the sheets, if asked for: `copies`, with
+        the samples that are nearest to a real item, and `nearest`, with the first samples, each
+        beside its nearest real item."""
         scores = self.report()
         report |= scores
         if scores:
@@ -84,9 +85,9 @@ def build_scores(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> SampleScores:
-    """Return what the options of a command ask for; real items are read and encoded. `copies` and
-    `nearest`: the sheets that will be written. ValueError: an option does nothing without another.
-    """
+    """Return the scores for which the options of a command ask; real items are read and encoded.
+    `copies` and `nearest`: paths of the sheets to write. ValueError if an option has no effect
+    without another one."""
     needing = {"real": real, "held_out": held_out, "copies": copies, "nearest": nearest}
     for name, value in needing.items():
         if value and not features:
@@ -108,7 +109,7 @@ def build_scores(
 
 
 def format_scores(report: dict) -> str:
-    """Return what `SampleScores.report` gave as lines for a person."""
+    """Return the result of `SampleScores.report` as lines for people."""
     lines = []
     if "features" in report:
         lines.append(format_features(report["features"]))
@@ -120,8 +121,8 @@ def format_scores(report: dict) -> str:
 def sample_in_turn(
     sample: Callable[[list[str], int], Tensor], prompts: list[str], count: int, batch: int
 ) -> None:
-    """Have `sample(captions, first)` draw `count` samples of the prompts, one after the other and
-    again from the beginning."""
+    """Call `sample(captions, first)` until `count` samples are drawn, with the prompts one after
+    the other, again and again from the beginning."""
     if count < 2:
         raise ValueError(f"--count is {count}, must be at least 2")
     captions = [prompts[i % len(prompts)] for i in range(count)]
@@ -130,8 +131,8 @@ def sample_in_turn(
 
 
 def caption_of(record: Record) -> str:
-    """Return what a sample should show: the caption of its line, or what `mmdit sample` wrote into
-    the file. ValueError: neither says it."""
+    """Return what a sample should show: the caption in its record, or else the prompt that `mmdit
+    sample` wrote into the file. ValueError if there is neither."""
     if record.caption:
         return record.caption
     try:
@@ -144,7 +145,7 @@ def caption_of(record: Record) -> str:
 
 
 def _caption(record: Record, needed: bool) -> str:
-    """Return `caption_of` a sample; "" if nothing says it and it is not `needed`."""
+    """Return `caption_of` a sample; "" if there is no caption and none is `needed`."""
     try:
         return caption_of(record)
     except ValueError:
@@ -156,8 +157,9 @@ def _caption(record: Record, needed: bool) -> str:
 def score_files(
     scores: SampleScores, samples: str, shape: Shape, num_workers: int = 0
 ) -> SampleScores:
-    """Have `scores` take in all that `samples`, a folder or a JSONL file, holds; return it.
-    `shape`: of real items; of samples the size and the number of frames, which are neighbours."""
+    """Add to `scores` all samples in `samples`, a folder or a JSONL file, and return it. `shape`:
+    that of the real items; samples get the same size and number of frames, but neighbouring
+    frames."""
     shape = replace(shape, stride=1, fps=None)
     records = media_records(samples, shape.frames)
     for part, pixels in read_media(records, shape, BATCH, num_workers):

@@ -1,9 +1,9 @@
 """Tell what several seeds show: whether a rate lies above a level, and not by luck.
 
-A rate is tested twice, and the larger p-value decides. The seeds are the units of the first test
-(Student's t): training again gives another rate. The prompts of all seeds are those of the second
-(the exact binomial): so few of them were asked. Either alone can be fooled, the first by seeds that
-agree by chance, the second by seeds that do not.
+A rate is tested twice, and the larger p-value decides. In the first test (Student's t) the units
+are the seeds: another training gives another rate. In the second (the exact binomial) they are the
+prompts of all seeds: only so many were asked. Either test alone can be fooled, the first by seeds
+that agree by chance, the second by seeds that do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 def student_tail(t: float, freedom: int) -> float:
-    """Return the probability that Student's t with so many degrees of freedom is `t` or more
+    """Return the probability that Student's t with `freedom` degrees of freedom is `t` or more
     (Abramowitz and Stegun, 26.7.3 and 26.7.4: a finite sum)."""
     angle = math.atan2(t, math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -29,8 +29,9 @@ def student_tail(t: float, freedom: int) -> float:
 
 
 def mean_above(values: Sequence[float], level: float) -> float:
-    """Return the p-value of Student's one-sided test of `mean of values <= level`; 1 of a single
-    value. Values without any spread say nothing of luck: 0 if they lie above the level, else 1."""
+    """Return the p-value of Student's one-sided test of `mean of values <= level`; 1 for a single
+    value. Values without any spread leave no room for luck: 0 if they lie above the level, else
+    1."""
     if len(values) < 2:
         return 1.0
     spread = statistics.stdev(values)
@@ -41,8 +42,8 @@ def mean_above(values: Sequence[float], level: float) -> float:
 
 
 def share_above(correct: int, count: int, level: float) -> float:
-    """Return the p-value of the exact one-sided binomial test of `share <= level`: how probable so
-    many correct ones or more are at a share of `level`."""
+    """Return the p-value of the exact one-sided binomial test of `share <= level`: the probability
+    of `correct` or more right ones among `count` if the share is `level`."""
     total = 0.0
     for k in range(correct, count + 1):
         ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)

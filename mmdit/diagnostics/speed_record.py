@@ -1,5 +1,5 @@
-"""Say whether what a recipe of the record log reached counts, why not, and in how many seconds, by
-the rules of records/README.md."""
+"""Say whether the result of a recipe of the record log counts, and if not, why not; and how many
+seconds it took, by the rules of records/README.md."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mmdit.diagnostics.tracks import FEWEST_SEEDS, LEVEL, MOST_P, TRACKS, Track
 
 CARD = re.compile(r"\bH[12]00\b")
 TOKENIZER = "VTP/checkpoints/vtp_tiny_f16d64"
-# What a score and a cache may set: how samples are drawn and how many there are, not what is asked.
+# Options that a score and a cache may set: how samples are drawn and how many, but not which task.
 SCORE_OPTIONS = {"--count", "--batch_size", "--steps", "--solver", "--guidance", "--interval"}
 SCORE_OPTIONS |= {"--shift", "--eta", "--offload"}
 CACHE_OPTIONS = {"--complete_captions", "--count", "--frames", "--seed"}
 
 
 class Seconds(NamedTuple):
-    """Hold the seconds of a seed. `counted`: the steps at their pace, with saving, and on a track
-    where it counts the caching. Apart: `first_steps` beyond the pace (compiling, kernels, graphs),
-    `start` (imports, loading, building, the last save) and `caching`."""
+    """The seconds of a seed. `counted`: the steps at their pace, with saving, and on some tracks
+    also the caching. Listed separately: `first_steps`, their time beyond that pace (compiling,
+    kernels, graphs), `start` (imports, loading, building, the last save) and `caching`."""
 
     counted: float
     first_steps: float
@@ -32,9 +32,9 @@ class Seconds(NamedTuple):
 
 
 def record_seconds(made: dict, track: Track) -> Seconds | None:
-    """Return the seconds of a results file, means over the seeds that were timed, of all stages
-    together; None where a stage was timed in no seed. Of a training with so few reports that its
-    first steps are not told apart, all is counted."""
+    """Return the seconds in a results file, averaged over the seeds that were timed and summed over
+    all stages; None if a stage was timed for no seed. If a training has so few reports that its
+    first steps are not known, all its time is counted."""
     if not all(row["seconds"] for row in made["stages"].values()):
         return None
     counted = first_steps = start = caching = 0.0
@@ -50,15 +50,15 @@ def record_seconds(made: dict, track: Track) -> Seconds | None:
 
 
 class Probability(NamedTuple):
-    """Hold the p-values of a rate, by the test over the seeds and by that over the prompts: how
-    probable such a rate is where the true one is LEVEL."""
+    """The p-values of a rate, by the test over the seeds and by the test over the prompts: how
+    probable such a rate is if the true one is LEVEL."""
 
     seeds: float
     prompts: float
 
     @property
     def larger(self) -> float:
-        """Return the p-value that decides."""
+        """Return the larger p-value, which decides."""
         return max(self)
 
 
@@ -75,7 +75,7 @@ def scored(recipe: Recipe) -> tuple[Stage, Score | None]:
 
 
 def deciding_rates(made: dict, recipe: Recipe) -> dict:
-    """Return the rates of the score that decides, by name, those that were measured."""
+    """Return, by name, the measured rates of the score that decides."""
     stage, score = scored(recipe)
     if score is None:
         return {}
@@ -84,7 +84,8 @@ def deciding_rates(made: dict, recipe: Recipe) -> dict:
 
 
 def recipe_faults(recipe: Recipe, seeds: Sequence[int]) -> list[str]:
-    """Return why nothing that a recipe reaches with these seeds would count; empty if it may."""
+    """Return the reasons why no result of a recipe with these seeds would count; empty if one
+    may."""
     track, faults = TRACKS[recipe.track], []
     if list(seeds) != list(range(len(seeds))) or len(seeds) < FEWEST_SEEDS:
         fewest = f"0 to {FEWEST_SEEDS - 1}, or more from 0 on"
@@ -105,7 +106,8 @@ def recipe_faults(recipe: Recipe, seeds: Sequence[int]) -> list[str]:
 
 
 def _stage_faults(stage: Stage) -> list[str]:
-    """Return what of a stage is not from nothing."""
+    """Return the reasons why a stage does not start from nothing, or has another tokenizer or cache
+    than allowed."""
     if stage.checkpoint:
         return [f"{stage.name} has weights that the record does not train: {stage.checkpoint}"]
     faults, mapping = [], overridden(stage)
@@ -124,14 +126,15 @@ def _stage_faults(stage: Stage) -> list[str]:
 
 
 def _options_beside(text: str, known: set[str], where: str) -> list[str]:
-    """Return a fault if words of a command set something else than the options `known`."""
+    """Return a list with one fault if the words of a command set other options than the `known`
+    ones."""
     options = [word for word in shlex.split(text) if word.startswith("--") or "=" in word]
     other = [word for word in options if word.partition("=")[0] not in known]
     return [f"{where} has {' '.join(other)}, and may have {sorted(known)}"] if other else []
 
 
 def drawn_size(stage: Stage) -> str:
-    """Return the size of the samples of a stage: with buckets that of the first one."""
+    """Return the size of the samples of a stage, as text; with buckets, that of the first one."""
     mapping = overridden(stage)
     video, bucketing = (mapping.get(key) or {} for key in ("video", "bucketing"))
     size = [video.get("width"), video.get("height")]
@@ -141,12 +144,12 @@ def drawn_size(stage: Stage) -> str:
 
 
 def shown_size(frames: int | None, width: int | None, height: int | None) -> str:
-    """Return a size as a person says it."""
+    """Return a size as text."""
     return f"{frames} frames of {width}x{height}"
 
 
 def record_faults(made: dict, recipe: Recipe) -> list[str]:
-    """Return why a results file of a record does not count; empty if it does."""
+    """Return the reasons why a results file of a record does not count; empty if it does."""
     changed = {stage.name: stage_hash(recipe, stage) for stage in recipe.stages}
     if {name: row.get("made_by") for name, row in made["stages"].items()} != changed:
         return ["the recipe or a config has changed since"]
@@ -171,7 +174,7 @@ def record_faults(made: dict, recipe: Recipe) -> list[str]:
 
 
 def _rate_faults(made: dict, recipe: Recipe) -> list[str]:
-    """Return which rates of a record are not shown to lie above LEVEL."""
+    """Return the reasons why the rates of a record are not shown to lie above LEVEL."""
     track, rates, faults = TRACKS[recipe.track], deciding_rates(made, recipe), []
     for key in track.rates:
         if key not in rates:
@@ -188,12 +191,12 @@ def _rate_faults(made: dict, recipe: Recipe) -> list[str]:
 
 
 def shown_p(p: Probability) -> str:
-    """Return the p-value that decides, with both."""
+    """Return the p-value that decides, followed by both, as text."""
     return f"p = {p.larger:.2g} (seeds {p.seeds:.2g}, prompts {p.prompts:.2g})"
 
 
 def verdict(made: dict, recipe: Recipe) -> tuple[list[str], bool]:
-    """Return lines that say whether a record counts, or why not, and whether it does."""
+    """Return lines that say whether a record counts, and if not, why not; and whether it does."""
     track, faults = TRACKS[recipe.track], record_faults(made, recipe)
     seconds, rates = record_seconds(made, track), deciding_rates(made, recipe)
     lines = [f"record of {recipe.track}: aim {track.aim:.0f} s"]

@@ -1,8 +1,8 @@
-"""Measure how often a model shows what its prompt says of several objects: GenEval's six tasks on
-moving shapes of variant `many`, judged by the oracle, with what calibrates it beside each.
+"""Measure how often a model shows what its prompt says about several objects: GenEval's six tasks
+on moving shapes of variant `many`, judged by the oracle, with calibrations beside each score.
 
 The oracle is calibrated on true pictures: as they are drawn (`truth`), after the tokenizer's round
-trip (`ceiling`), and by what it accepts of them for a prompt that they miss in one thing
+trip (`ceiling`), and by how often it accepts one for a prompt that it misses in one thing
 (`one_off`).
 """
 
@@ -41,7 +41,7 @@ from mmdit.diagnostics.prompt_accuracy import (
 from mmdit.diagnostics.results_file import shown_rate
 from mmdit.interfaces import Tokenizer
 
-CALIBRATION = ("truth", "ceiling", "ceiling_control", "one_off")  # what `calibration` returns
+CALIBRATION = ("truth", "ceiling", "ceiling_control", "one_off")  # keys of `calibration`
 RATES = ("seen", "held_out", "ceiling", "control")
 
 
@@ -57,15 +57,15 @@ def task_accuracy_report(
     device: torch.device | str = "cpu",
     known: dict | None = None,
 ) -> dict:
-    """Return the score of a model, ready for JSON: `tasks` has for each of the six the rates
-    `seen`, `held_out`, `control` (the samples of the seen prompts against other prompts of the
-    task), those of `calibration`, the `attributes` of the seen prompts and their rate
-    `by_objects`. The names of `prompt_accuracy_report` are over all tasks.
+    """Return the score of a model, ready for JSON. `tasks` has, for each of the six tasks, the
+    rates `seen`, `held_out`, `control` (the samples of the seen prompts against other prompts of
+    the task), those of `calibration`, the `attributes` of the seen prompts, and their rate
+    `by_objects`. Rates with the names of `prompt_accuracy_report` are over all tasks.
 
-    `sample` is as there, with the place of a caption among all 1,536 prompts. `count`: how many of
-    the 128 seen and of the 128 held-out prompts of each task.
-    `known`: such a report of other weights, with the same tokenizer and options: its calibration is
-    taken over."""
+    `sample` is as in `prompt_accuracy_report`, with the place of a caption among all 1,536 prompts.
+    `count`: how many of the 128 seen and of the 128 held-out prompts of each task. `known`: such a
+    report for other weights, with the same tokenizer and options, whose calibration is reused.
+    """
     check_counts(count, MANY_PROMPTS, batch)
     tasks, shape = {}, (frames, 3, height, width)
     for number, task in enumerate(TASKS):
@@ -101,9 +101,9 @@ def calibration(
     shape: tuple[int, int, int, int],
     device: torch.device | str,
 ) -> dict:
-    """Return how far the oracle is to be believed on scenes of one task: `truth`, `ceiling`,
-    `ceiling_control` (these pictures against other prompts), and `one_off`: by what is wrong, how
-    often such a picture is accepted, after the round trip."""
+    """Return how far the oracle can be trusted on scenes of one task: `truth`, `ceiling`,
+    `ceiling_control` (these pictures against other prompts), and `one_off`: for each thing that may
+    be wrong, how often such a picture is accepted after the round trip."""
     drawn = read_round_trip(None, facts, batch, shape, device, "many")
     decoded = read_round_trip(tokenizer, facts, batch, shape, device, "many")
     wrong = {}
@@ -122,7 +122,7 @@ def calibration(
 
 
 def _over_all(tasks: dict, key: str) -> dict:
-    """Return one rate over the prompts of all tasks."""
+    """Return one rate, over the prompts of all tasks."""
     rates = [task[key] for task in tasks.values()]
     correct, count = sum(r["correct"] for r in rates), sum(r["count"] for r in rates)
     return rate(torch.arange(count) < correct)
@@ -134,9 +134,9 @@ def _by_objects(predictions: Predictions, facts: list[Facts]) -> dict[str, dict]
     return {str(n): rate(right[counts == n]) for n in sorted(set(counts.tolist()))}
 
 
-# ── prompts that a true picture misses in one thing; None where it does not say that ──────────────
+# ── prompts that a true picture misses in one thing; None if the prompt does not state that ───────
 def _other_count(facts: Facts, index: int) -> Facts:
-    """Ask for one object less, or one more."""
+    """Return the facts with one object fewer, or one more."""
     objects = facts.objects
     if len(objects) > 1 and index % 2:
         return replace(facts, objects=objects[:-1])
@@ -156,7 +156,8 @@ def _other_color(facts: Facts, index: int) -> Facts | None:
 
 
 def _swapped_colors(facts: Facts, index: int) -> Facts | None:
-    """Ask for the same colours and shapes, otherwise bound."""
+    """Return the facts with the same colours and shapes, but with the colours of two objects
+    swapped; None unless the task is attribution."""
     if facts.task != "attribution":
         return None
     first, second, *rest = facts.objects
@@ -165,7 +166,8 @@ def _swapped_colors(facts: Facts, index: int) -> Facts | None:
 
 
 def _other_place(facts: Facts, index: int) -> Facts | None:
-    """Ask for the first object on the opposite side of the second, or at a side."""
+    """Return the facts with the first object on the opposite side of the second, or turned by 90°
+    around it; None if no place is stated."""
     if facts.task != "position":
         return None
     first, second, *rest = facts.objects
@@ -197,7 +199,7 @@ def _absent(words, there: set[str], index: int) -> str:
 
 
 def _changed(facts: Facts, index: int, change: Callable[[Object], Object]) -> Facts:
-    """Return the facts with one object changed, or with all of those that are counted."""
+    """Return the facts with one object changed, or with all of those that are counted together."""
     chosen = index % len(facts.objects)
     objects = []
     for i, item in enumerate(facts.objects):
@@ -217,8 +219,9 @@ CHANGES: dict[str, Callable[[Facts, int], Facts | None]] = {
 
 
 def format_tasks(report: dict) -> str:
-    """Return a table for people, one row a task: rates with their intervals, how many pictures that
-    miss one thing were accepted, and of a model what is right in the samples of seen prompts."""
+    """Return a table for people with one row for each task: rates with their intervals, how many
+    pictures that miss one thing were accepted, and for a model what is right in the samples of seen
+    prompts."""
     tasks = report["tasks"]
     columns = [*RATES[:2], "truth", *RATES[2:], "ceiling_control"]
     columns = [name for name in columns if name in next(iter(tasks.values()))]
@@ -237,7 +240,7 @@ def format_tasks(report: dict) -> str:
     return "\n".join(lines)
 
 
-SCORES = {  # of each variant: the report, the number of prompts of each list, and the table
+SCORES = {  # for each variant: report, prompts per list, table
     "one": (prompt_accuracy_report, PROMPTS, format_report),
     "many": (task_accuracy_report, MANY_PROMPTS, format_tasks),
 }
@@ -247,8 +250,8 @@ def score_variant(
     variant: str, sample: Sample, tokenizer: Tokenizer, count: int | None, **options
 ) -> tuple[dict, str]:
     """Return the report of a model on a variant of moving shapes, and its table. `count`: prompts
-    of each list, None for all; `options`: size, frames, device, and what is
-    `known` of the tokenizer."""
+    of each list, None for all; `options`: size, frames, device, and a report `known` for the
+    tokenizer."""
     report_of, most, table = SCORES[variant]
     report = report_of(sample, tokenizer, count=most if count is None else count, **options)
     return report, table(report)

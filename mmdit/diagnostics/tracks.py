@@ -1,18 +1,19 @@
-"""The tracks of the record log: what is reached as fast as can be, each on one GPU."""
+"""The tracks of the record log: tasks to be reached as fast as possible, each on one GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEVEL = 0.95  # what the rates of a record lie above
+LEVEL = 0.95  # the rates of a record must lie above this
 MOST_P = 0.01  # with a p-value below this
 FEWEST_SEEDS = 5
 
 
 @dataclass(frozen=True)
 class Track:
-    """Name what a record draws, and what of it must lie above LEVEL. `frames`, `width` and `height`
-    are those of the last score of the last stage; `prompts`: the fewest of a list, by seed."""
+    """What a record draws, and which of its rates must lie above LEVEL. `frames`, `width` and
+    `height` are those of the last score of the last stage; `prompts`: the fewest prompts of a list,
+    for each seed."""
 
     title: str
     aim: float  # seconds
@@ -21,7 +22,7 @@ class Track:
     height: int
     rates: tuple[str, ...] = ("held_out",)
     prompts: int = 256
-    caching: bool = False  # counts, too
+    caching: bool = False  # whether the time of caching counts, too
 
 
 CLIPS = ("held_out", "left_right")

@@ -70,7 +70,7 @@ FORMATS = {
     ),
 }
 
-# ── further names that can be read ──────────────────────────────────────────────────────────────
+# ── further names that can be read ────────────────────────────────────────────────────────────────
 # words before a layer's name that tell the expert, from Diffusers and from our own pairs
 EXPERTS = {"transformer_1": "high", "transformer_2": "low", "high": "high", "low": "low"}
 WRAPPERS = {"module", "_orig_mod", "unet", "pipe", "dit", *EXPERTS} | {

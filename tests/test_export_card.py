@@ -4,6 +4,7 @@ run, what it must not say, and whose pages it leaves alone."""
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,13 @@ from mmdit.commands import export_card
 from mmdit.commands.card_scores import score_rows, score_tables
 from mmdit.commands.card_text import escaped, fenced
 from mmdit.commands.export_card import card_path, is_ours, write_card
-from mmdit.commands.exported import Exported, commands_for, needed_places, places_here
+from mmdit.commands.exported import (
+    Exported,
+    commands_for,
+    needed_places,
+    places_here,
+    uses_elsewhere,
+)
 from mmdit.commands.push import Push
 from mmdit.config import encode
 from mmdit.diagnostics.curves import NOT_ABOUT_THE_MODEL, PANELS, curves_svg, learning_curves
@@ -292,6 +299,10 @@ def test_every_form_has_its_commands():
     assert own.endswith("--out samples model.name_or_path=Wan2.1-T2V-1.3B")
     config = {"text_encoder": {"name_or_path": "google/t5"}}
     assert commands_for(made("mmdit", config), "", "p")[0].endswith("name_or_path=google/t5")
+    low = Exported(Path("x"), "diffusers", {"model": {"type": "wan"}}, None, None, 1, is_lora=True)
+    (_, call) = uses_elsewhere(replace(low, expert="low"), "p")
+    assert "weight_name='x', load_into_transformer_2=True)" in call
+    assert "transformer_2" not in uses_elsewhere(replace(low, expert="high"), "p")[1]
     i2v = {"tokenizer": {"picture": "first_last"}}
     both = "--prompts p --image first.png --image last.png --out samples"
     assert both in commands_for(made("mmdit", i2v), "", "p")[0]

@@ -901,6 +901,11 @@ def test_of_two_trained_experts_it_is_said_which_is_written(pair, runs, tmp_path
     )
     one, two = (load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
     assert one.keys() == two.keys() and any(not torch.equal(one[key], two[key]) for key in one)
+    for name, expert, laid in (("a", "high", "--lora "), ("b", "low", "--lora_low ")):
+        card = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+        assert f"for the {expert}-noise expert of" in card and f"{laid}{name}.safetensors" in card
+        assert f"lora.enabled=true model.expert={expert}" in card
+        assert f"changes the model of the {expert}-noise expert alone" in card
     whole = [
         "--checkpoint",
         str(runs["both"]),

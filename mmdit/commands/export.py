@@ -120,6 +120,7 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
         sum(sizes),
         is_lora=bool(args.lora),
         is_pair=len(model.networks()) > 1,
+        expert=choice.name if config.model.released else None,
     )
     lines = [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
     if args.layout and config.model.dtype in ENCODINGS:

@@ -177,15 +177,17 @@ class Card:
         exported, lora = self.exported, self.config.get("lora") or {}
         size = f"{exported.parameters:,} parameters"
         what = f"A {self.task} model of {size}"
+        expert = f"the {exported.expert}-noise expert of " if exported.expert else ""
         if exported.is_lora:
             what = (
                 f"An adapter of {size} ({escaped(lora.get('type', 'lora'))}, rank"
-                f" {escaped(lora.get('rank'))}) for {self._base_in_words()}"
+                f" {escaped(lora.get('rank'))}) for {expert}{self._base_in_words()}"
             )
         elif exported.form == "mmdit" and self.base:
             what = f"What a run trained on {self._base_in_words()}: {size}, without the base"
         elif exported.form not in ("mmdit", "diffusers_pipeline"):
             what = f"A {self.task} transformer of {size} in the layout `{exported.form}`"
+            what += f", {expert}a pair" if expert else ""
         if exported.is_lora:
             what += f", in the format `{exported.form}`"
         start = (self.config.get("train") or {}).get("init_from")

@@ -19,7 +19,8 @@ class Exported:
     """Says what was written to `out`, or fetched. `form`: `mmdit` for our own file, a format of
     LoRA, a layout, or `release` of a whole Wan. `config`: of its run, as plain data; `checkpoint`
     and `step`: what it was read from, None for a release; `raw`: the last weights, not their
-    average; `is_pair`: adapters of two experts; `command`: what was typed."""
+    average; `is_pair`: adapters of two experts; `expert`: the one of a release's two that was
+    written; `command`: what was typed."""
 
     out: Path
     form: str
@@ -30,6 +31,7 @@ class Exported:
     is_lora: bool = False
     raw: bool = False
     is_pair: bool = False
+    expert: str | None = None
     command: str = ""
 
 
@@ -49,11 +51,14 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
         return []
     if exported.is_lora:
         changed = shlex.quote(base.rpartition("/")[2] or "BASE")
+        laid = "--lora_low" if exported.expert == "low" else "--lora"
         lines = [
-            f"mmdit sample --checkpoint {changed} --lora {name} --prompts {asked} --out samples"
+            f"mmdit sample --checkpoint {changed} {laid} {name} --prompts {asked} --out samples"
         ]
         if _value(exported.config, "model.type") in ("", "wan"):  # ours goes on from a run alone
             lines.append(f"{train} train.init_from={name} lora.enabled=true")
+            if exported.expert:
+                lines[-1] += f" model.expert={exported.expert}"
         return lines
     lines = [f"{train} model.name_or_path={name}"]
     if exported.form == "release":
@@ -107,6 +112,10 @@ def uses_elsewhere(exported: Exported, prompt: str) -> list[str]:
     if not exported.is_lora or (exported.config.get("model") or {}).get("type") != "wan":
         return []
     if exported.form in ("kohya", "comfy"):
-        return ["In ComfyUI it belongs into `models/loras`."]
-    call = f"pipeline.load_lora_weights(FOLDER, weight_name={exported.out.name!r})"
+        said = "In ComfyUI it belongs into `models/loras`"
+        if exported.expert:
+            said += f", and changes the model of the {exported.expert}-noise expert alone"
+        return [f"{said}."]
+    low = ", load_into_transformer_2=True" if exported.expert == "low" else ""
+    call = f"pipeline.load_lora_weights(FOLDER, weight_name={exported.out.name!r}{low})"
     return ["In Diffusers:", fenced(call, "python")] if exported.form == "diffusers" else []

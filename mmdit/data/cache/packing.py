@@ -178,7 +178,9 @@ def _is_current(path: Path, cache: LatentCache, part: range) -> bool:
     if stored != entries:
         return False
     for item, file, entry in zip(part, files, entries, strict=True):
-        if file.stat().st_mtime_ns > written and _crc(cache.load(item).numpy()) != entry.crc:
+        status = file.stat()  # a copy may keep the time of what it was copied from
+        later = max(status.st_mtime_ns, status.st_ctime_ns) > written
+        if later and _crc(cache.load(item).numpy()) != entry.crc:
             return False
     return True
 

@@ -51,6 +51,7 @@ from mmdit.training import checkpoint
 from mmdit.training.expert_choice import expert_notes, resolved
 from mmdit.training.media import read_back
 from mmdit.training.pipeline import SampleSettings
+from mmdit.training.starting import start_from_lora
 from mmdit.weights import Checkpoint
 from tests.helpers.thorough import thorough, thorough_unless
 from tests.helpers.tiny import refused
@@ -906,6 +907,16 @@ def test_of_two_trained_experts_it_is_said_which_is_written(pair, runs, tmp_path
         assert f"for the {expert}-noise expert of" in card and f"{laid}{name}.safetensors" in card
         assert f"lora.enabled=true model.expert={expert}" in card
         assert f"changes the model of the {expert}-noise expert alone" in card
+    named = (tmp_path / "b.safetensors").rename(tmp_path / "style_LowNoise.safetensors")
+    words = ["model.expert=high", f"train.init_from={named}"]
+    words += ["lora={enabled: true, rank: 2, target_modules: [q]}"]
+    config = load_experiment_config(pair.config, words)
+    _, note = start_from_lora(pair.learner(*words), config)
+    assert "its name says that it is for the other expert, not for the high-noise" in note
+    capsys.readouterr()
+    for expert in ("high", "low"):
+        assert changes(str(pair.release), str(named), expert)
+        assert ("for the other expert" in capsys.readouterr().out) == (expert == "high")
     whole = [
         "--checkpoint",
         str(runs["both"]),

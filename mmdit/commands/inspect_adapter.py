@@ -16,7 +16,13 @@ from mmdit.diagnostics.attention_statistics import mean_over_heads, observed
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
 from mmdit.interop.lora_formats import load_lora, read_lora
-from mmdit.interop.wan_weights import infer_config, left_out, locate, official_names
+from mmdit.interop.wan_weights import (
+    infer_config,
+    left_out,
+    locate,
+    note_of_name,
+    official_names,
+)
 from mmdit.models.wan import WanDiT
 from mmdit.training.expert_choice import joint_choice
 from mmdit.training.media import contact_sheet, save_image
@@ -28,10 +34,12 @@ def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
     """Return the change of each adapted layer, and of each parameter with a whole difference: of a
     run with its own adapter or another, or of Wan weights. ValueError: there is no adapter."""
     if adapter and not is_ours(base):
+        _say(note_of_name(adapter, expert))
         return wan_changes(base, adapter, expert)
     pipeline, config = load_pipeline(base, "cpu", lora=None)
     name, model = _chosen(pipeline, config, expert, base)
     if adapter:
+        _say(note_of_name(adapter, name))
         load_lora(remove(model), adapter, name)
     whole = differences(model)
     if not adapters(model) and not whole:
@@ -46,9 +54,13 @@ def _chosen(
     """Return the expert that is looked at, by name, and say which; of our own pairs both, unless
     one is asked for."""
     choice = joint_choice(pipeline, config, expert, base)
-    if choice.said:
-        print(choice.said)
+    _say(choice.said)
     return choice.name, choice.network
+
+
+def _say(text: str) -> None:
+    if text:
+        print(text)
 
 
 def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:

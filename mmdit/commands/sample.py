@@ -25,7 +25,7 @@ from mmdit.files import held_folder, with_tilde
 from mmdit.interop.lora_formats import experts_in, load_lora
 from mmdit.interop.wan_pictures import size_of_aspect
 from mmdit.interop.wan_release import published_shift, variant_of
-from mmdit.interop.wan_weights import expert_in_name
+from mmdit.interop.wan_weights import note_of_name
 from mmdit.shipped import find
 from mmdit.training.distributed import World, place_in_job, process_group
 from mmdit.training.expert_choice import experts_of
@@ -186,11 +186,8 @@ def lay_over(
             load_lora(experts[name], file, name)
             merge(experts[name], strength)
             print(f"{file} is laid over the {name}-noise expert")
-            if expert_in_name(file) not in (None, name):
-                print(
-                    f"  its name says that it is for the other expert: give it as --{other} if"
-                    " it is"
-                )
+            if note := note_of_name(file, name):
+                print(f"{note}: give it as --{other} if it is")
 
 
 def opened(path: str) -> Image.Image:

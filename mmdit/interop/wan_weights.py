@@ -135,6 +135,14 @@ def expert_in_name(path: str | Path) -> Expert | None:
     return None
 
 
+def note_of_name(path: str | Path, expert: str | None) -> str:
+    """Return a line to print if a file's name indicates another expert than the one that it is
+    used for, else an empty text."""
+    if expert is None or expert_in_name(path) in (None, expert):
+        return ""
+    return f"  its name says that it is for the other expert, not for the {expert}-noise one"
+
+
 def official_names(names: list[str]) -> tuple[dict[str, str], Layout, str]:
     """Return the official name of every tensor by its stored name, the layout, and the common
     prefix of the stored names."""

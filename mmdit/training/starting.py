@@ -17,6 +17,7 @@ from mmdit.adapters.strength import set_alpha
 from mmdit.config import ConfigError
 from mmdit.interop.lora_names import OF_ADAPTERS
 from mmdit.interop.lora_reading import LoRAFile, read_lora
+from mmdit.interop.wan_weights import note_of_name
 from mmdit.training.checkpoint import Weights
 from mmdit.training.learner import Learner
 from mmdit.training.memory.shards import renamed
@@ -67,6 +68,8 @@ def start_from_lora(learner: Learner, config) -> list[str]:
             f"starting from the LoRA {path}{of_expert}: {len(content.updates)} layers, {new} that"
             " it lacks start new"
         )
+        if note := note_of_name(path, expert):
+            lines.append(note)
     return lines
 
 

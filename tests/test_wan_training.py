@@ -1094,6 +1094,12 @@ def test_the_boundary_is_the_release_s(pair, tmp_path, capsys):
         config = resolved(load_experiment_config(pair.config, [LORA, *words]))
         assert config.model.boundary == 0.7
         assert "0.7; this model was published with 0.875" in expert_notes(config)[-1]
+    of_file = [f"model.name_or_path={pair.release}/high_noise_model"]
+    (note,) = expert_notes(resolved(load_experiment_config(pair.config, of_file)))
+    assert "used at all noise levels: model.expert=high keeps it to its own" in note
+    of_file.append("model.expert=high")
+    (note,) = expert_notes(resolved(load_experiment_config(pair.config, of_file)))
+    assert "the high-noise expert is trained, on t ≥ 0.875" in note
     single = resolved(
         load_experiment_config(
             pair.config, [f"model.name_or_path={i2v.release}", "model.expert=low"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from mmdit.config import ConfigError
 from mmdit.interfaces import Denoiser
 from mmdit.interop.wan_release import published_boundary
+from mmdit.interop.wan_weights import expert_in_name
 from mmdit.training.pipeline import Pipeline
 
 USUAL_BOUNDARY = 0.875  # between two experts of a model without a published one
@@ -43,8 +44,13 @@ def expert_notes(config) -> list[str]:
     """Return the lines about a release's experts to print before a run of a resolved `config`:
     which expert is trained, and a boundary that differs from the published one."""
     model = config.model
-    if not model.released or not (config.experts.enabled or model.expert):
+    if not model.released:
         return []
+    if not (config.experts.enabled or model.expert):
+        name = expert_in_name(model.name_or_path)
+        said = f"the name of {model.name_or_path} says that it is the {name}-noise expert of two"
+        remedy = f"it is used at all noise levels: model.expert={name} keeps it to its own"
+        return [f"{said}, but {remedy}"] if name else []
     published, notes = _published_boundary(config), []
     if model.expert:
         side = "t ≥" if model.expert == "high" else "t <"

@@ -873,6 +873,23 @@ def test_export_takes_the_expert_that_was_trained_and_says_so(pair, runs, tmp_pa
     )
 
 
+def test_what_is_trained_of_one_expert_s_folder_is_exported_without_the_other(tmp_path, capsys):
+    shop = Shop(tmp_path, pair=True)
+    place = shop.release / "high_noise_model"
+    words = [f"model.name_or_path={place}", "model.expert=high", "train.max_steps=1"]
+    run = shop.train("one", *words, "lora={enabled: true, rank: 2, target_modules: [q]}")
+    draw = ["--checkpoint", str(run), "--out", str(tmp_path / "x.safetensors"), "--lora", "comfy"]
+    capsys.readouterr()
+    export.main(draw)
+    assert "the high-noise one (the one that its config names" in capsys.readouterr().out
+    assert changes(str(run), None, None)
+    refused(capsys, export.main, [*draw, "--expert", "low"], "samples are drawn by both experts")
+    draw = ["--checkpoint", run, "--out", tmp_path / "drawn", "--frames", "1", *PROMPT]
+    refused(capsys, sample.main, draw, "name the folder of the release that holds both by model.")
+    whole = [*map(str, draw), "--steps", "1", f"model.name_or_path={shop.release}"]
+    assert sample.main(whole) == 0
+
+
 def test_of_two_trained_experts_it_is_said_which_is_written(pair, runs, tmp_path, capsys):
     export.main(
         [

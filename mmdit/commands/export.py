@@ -92,6 +92,7 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
         use_ema=not args.raw_weights,
         lora=None,  # kept apart: what writes a whole model merges them, rounding once
         overrides=args.overrides,
+        wanted=args.expert,
     )
     choice = joint_choice(pipeline, config, args.expert, args.checkpoint)
     model, said = choice.network, choice.said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,14 +72,16 @@ def side_of(path: str, expert: str | None, merged_like: Side | None = None) -> S
     base that a run keeps in codes is read without them: their errors are no change."""
     if not is_ours(path):
         return Side(load_dit(path, expert=expert, in_file=True))
-    lora = None if merged_like is None else True
-    pipeline, config = load_pipeline(path, "cpu", lora=lora)
-    if config.model.dtype in ENCODINGS:
-        pipeline, config = load_pipeline(path, "cpu", lora=lora, overrides=["model.dtype=bfloat16"])
+    lora = None
     if merged_like is not None:
-        is_pair = len(pipeline.model.networks()) > 1
-        # both experts may have come of one network
-        expert = (expert or merged_like.expert) if is_pair else None
+        lora, expert = True, expert or merged_like.expert
+    load = partial(load_pipeline, path, "cpu", lora=lora, wanted=expert)
+    pipeline, config = load()
+    if config.model.dtype in ENCODINGS:
+        pipeline, config = load(overrides=["model.dtype=bfloat16"])
+    is_pair = config.model.expert or config.experts.enabled
+    if merged_like is not None and not is_pair:
+        expert = None  # both experts may have come of this network
     choice = choose_expert(pipeline, config, expert, path)
     stored = pipeline.learner.stored_state().items()
     encoder = {name: value for name, value in stored if name.startswith("text_encoder.")}

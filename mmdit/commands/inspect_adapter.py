@@ -36,7 +36,7 @@ def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
     if adapter and not is_ours(base):
         _say(note_of_name(adapter, expert))
         return wan_changes(base, adapter, expert)
-    pipeline, config = load_pipeline(base, "cpu", lora=None)
+    pipeline, config = load_pipeline(base, "cpu", lora=None, wanted=expert)
     name, model = _chosen(pipeline, config, expert, base)
     if adapter:
         _say(note_of_name(adapter, name))

@@ -124,7 +124,14 @@ def with_sibling(
     if config.model.expert is None:
         return learner.model
     other = "low" if config.model.expert == "high" else "high"
-    sibling = network(config, learner.spec, learner.text_encoder.dim, other)
+    try:
+        sibling = network(config, learner.spec, learner.text_encoder.dim, other)
+    except ConfigError as error:
+        raise ConfigError(
+            error.path,
+            f"{error.message}; samples are drawn by both experts: name the folder of the release"
+            " that holds both by model.name_or_path=FOLDER",
+        ) from None
     networks = {config.model.expert: learner.model, other: sibling.requires_grad_(False).eval()}
     assert config.model.boundary is not None, "the config is resolved"
     boundary = Boundary(config.model.boundary, learner.objective.time_scale)

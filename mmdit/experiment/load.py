@@ -96,10 +96,12 @@ def load_pipeline(
     lora: bool | None = True,
     overrides: Sequence[str] = (),
     offload: Offload = "none",
+    wanted: str | None = "both",
 ) -> tuple[Pipeline, ExperimentConfig]:
     """Return a trained model with its tokenizer, ready to sample, and its config. `path` is a run
     folder, a checkpoint folder, an export, or a release of Wan. If it holds one of a release's two
-    experts, the other is loaded from the release. `lora`: merge the adapters (True), leave them out
+    experts, the other is loaded from the release, unless `wanted` names the one that it holds, or
+    is None: whichever that is. `lora`: merge the adapters (True), leave them out
     (False), or keep them (None). With `offload` other than none, the networks stay on the CPU for
     `offload_pipeline`.
     """
@@ -136,7 +138,8 @@ def load_pipeline(
         load_alphas(learner.model, weights.meta.alphas)
     if lora is not None:
         (merge if lora else remove)(learner.model)
-    learner.model = with_sibling(learner, config)
+    if wanted not in (None, config.model.expert):
+        learner.model = with_sibling(learner, config)
     asked = asks_for("train.precision", list(overrides))
     precision = config.train.precision if where.type == "cuda" or asked else "fp32"
     home = where if offload == "none" else torch.device("cpu")

@@ -89,6 +89,8 @@ def choose_expert(pipeline: Pipeline, config, asked: str | None, source: object)
     """Return the expert that `asked` names; without it the one that was trained, and the high-noise
     one if that does not decide. ValueError if an expert is asked of a model that is not a pair."""
     experts = experts_of(pipeline)
+    if not experts and config.model.expert and asked in (None, config.model.expert):
+        experts = {config.model.expert: pipeline.model}  # the other was not loaded
     if not experts:
         if asked:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Encode every caption of a cache once, or take its embedding from tars: `mmdit cache-text`."""
+"""Encode every caption of a cache once, or take its embedding from the tars of a packed cache:
+`mmdit cache-text`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ from mmdit.training.distributed import choose_device
 
 
 def asked_texts(config: ExperimentConfig, sources: Sequence[SourceConfig]) -> list[str]:
-    """Return every text that training, its previews and post-training ask the encoder for. What
-    guidance leads away from has no trigger word."""
+    """Return every text that training, its previews and post-training will encode. Negative prompts
+    get no trigger word."""
     texts = ["", config.train.sample_negative_prompt]
     prompts: list[str] = []
     if sources:
@@ -44,7 +45,7 @@ def asked_texts(config: ExperimentConfig, sources: Sequence[SourceConfig]) -> li
 
 
 def _captions(source: SourceConfig) -> Iterator[tuple[str, dict]]:
-    """Yield caption and facts of every item of a cache or a JSONL file."""
+    """Yield the caption and the facts of every item of a cache or a JSONL file."""
     if Path(source.path).is_file():
         for record in read_records(source.path, media_of(source.path), "frames_dir"):
             yield record.caption, record.facts
@@ -54,8 +55,8 @@ def _captions(source: SourceConfig) -> Iterator[tuple[str, dict]]:
 
 
 def take_embeddings(folder: Path, encoder: HuggingFaceEncoder) -> int:
-    """Keep the embeddings that the tars of a packed cache hold, if this encoder made them; return
-    how many."""
+    """Store the embeddings that the tars of a packed cache hold, if this encoder made them; return
+    how many were stored."""
     stored = encoder.stored()
     noted = noted_text_encoder(folder) if folder.is_dir() else None
     if stored is None or noted is None or noted["key"] != stored.key:
@@ -73,7 +74,7 @@ def take_embeddings(folder: Path, encoder: HuggingFaceEncoder) -> int:
 def encode_captions(
     config: ExperimentConfig, sources: Sequence[SourceConfig], device: str, batch_size: int = 64
 ) -> None:
-    """Encode every text that is asked for and not in `text_encoder.cache_dir` yet."""
+    """Encode every text that will be needed and is not in `text_encoder.cache_dir` yet."""
     if not config.text_encoder.cache_dir:
         raise ConfigError(
             "text_encoder.cache_dir",

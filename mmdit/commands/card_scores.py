@@ -13,14 +13,14 @@ from mmdit.training.origin import identity
 from mmdit.training.run_folder import modified
 
 LARGEST_REPORT, MOST_SCORES = 1 << 20, 60
-# What a report of `mmdit evaluate` says beside its scores.
+# Keys in a report of `mmdit evaluate` that are no scores.
 ABOUT = {"settings", "checkpoint", "step", "raw_weights", "parameters", "machine", "memory_gb"}
 ABOUT |= {"checkpoint_crc32", "seconds", "attributes", "held_out_attributes"}
 
 
 def score_tables(run: Path, exported: Exported) -> tuple[list[str], list[str]]:
-    """Return a table for each report about the very weights that were exported, and a note for each
-    about others."""
+    """Return a table for each report about exactly the weights that were exported, and a note for
+    each report about others."""
     tables, notes = [], []
     for path in sorted(run.glob("*.json")):
         try:
@@ -43,9 +43,9 @@ def score_tables(run: Path, exported: Exported) -> tuple[list[str], list[str]]:
 def _is_about(report: dict, path: Path, exported: Exported) -> bool:
     if exported.checkpoint is None:
         return False
-    if "step" not in report:  # of an older version
+    if "step" not in report:  # from an older version
         return modified(path) >= modified(exported.checkpoint / "checkpoint.json")
-    crc = report.get("checkpoint_crc32")  # the run, of which a baseline may lie beside it
+    crc = report.get("checkpoint_crc32")  # tells a baseline's report from the run's
     same = crc is None or crc == identity(exported.checkpoint)
     alike = report["step"] == exported.step and bool(report.get("raw_weights")) == exported.raw
     return same and alike
@@ -61,7 +61,7 @@ def _table(name: str, report: dict) -> str:
 
 
 def settings_in_words(settings: dict) -> str:
-    """Return how the samples of a report were drawn."""
+    """Return a text on how the samples of a report were drawn."""
     sampler = settings.get("sampler")
     sampler = sampler if isinstance(sampler, dict) else {}
     return (
@@ -71,7 +71,8 @@ def settings_in_words(settings: dict) -> str:
 
 
 def score_rows(report: dict) -> Iterator[tuple[str, str]]:
-    """Yield each score of a report with what it rests on, as a title and a text."""
+    """Yield each score of a report as a title and a text, which names what the score is based
+    on."""
     for key, value in report.items():
         if key not in ABOUT:
             yield from _rows(key.replace("_", " "), value)

@@ -1,4 +1,5 @@
-"""Tell which code made a result: its commit, and a hash of what was run, committed or not."""
+"""Identify the code that made a result: its commit, and a hash of the code that ran, committed or
+not."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ ROOT = Path(mmdit.__file__).resolve().parents[1]
 
 
 def code_hash() -> str:
-    """Return a hash of the source of the package and of the tokenizer's network."""
+    """Return a hash of the source code of the package and of the tokenizer's network."""
     total = hashlib.sha256()
     files = [path for folder in ("mmdit", "VTP/vtp") for path in (ROOT / folder).rglob("*.py")]
     for path in sorted(files):
@@ -22,8 +23,8 @@ def code_hash() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of this clone; None where there is no git, or the code, a config or the
-    recipe of a record has changes."""
+    """Return the commit of this clone; None if there is no git, or if the code, a config or the
+    recipe of a record has uncommitted changes."""
 
     def git(*words: str) -> str | None:
         try:

@@ -1,5 +1,5 @@
-"""Tell what this machine offers: versions, GPUs, fast paths and why some are off, memory and
-disk."""
+"""Report what this machine offers: versions, GPUs, which fast paths are on and why others are off,
+memory and disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from mmdit.training.media import h264
 from mmdit.training.step_report import bfloat16_slowdown
 
 GB = 1e9
-# What stands on each optional package, and the extra of `pip install "mmdit[…]"` that brings it.
+# For each optional package: what needs it, and the extra of `pip install "mmdit[…]"` that installs
+# it.
 OPTIONAL = {
     "transformers": ("hf", "text encoders of Hugging Face: T5, UMT5, CLIP"),
     "tokenizers": ("hf", "words as tokens, for UMT5 and the like"),
@@ -48,7 +49,7 @@ SHIPPED = (
 
 
 def report(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Yield `(subject, what is known of it)` for all that decides what runs here, and how fast."""
+    """Yield pairs (subject, finding) for everything that decides what runs here, and how fast."""
     yield "mmdit", f"{mmdit.__version__} in {Path(mmdit.__file__).parent}"
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
@@ -69,7 +70,7 @@ def report(device: torch.device) -> Iterator[tuple[str, str]]:
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
-    """Yield a line for each GPU, or one that says why there is none."""
+    """Yield a pair for each GPU, or one that says why there is none."""
     if not torch.cuda.is_available():
         reason = "torch sees no GPU" if torch.version.cuda else "this torch is built for CPUs"
         yield "GPU", f"none: {reason}; everything runs on the CPU"
@@ -83,7 +84,7 @@ def _gpus() -> Iterator[tuple[str, str]]:
 
 
 def _fast_paths(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Yield whether each fast path is used on `device`, and if not, why not."""
+    """Yield, for each fast path, whether it is used on `device`, and if not, why not."""
     if device.type != "cuda":
         off = "off: needs a CUDA GPU; the plain path computes the same"
         yield "fused kernels", off
@@ -100,8 +101,8 @@ def _fast_paths(device: torch.device) -> Iterator[tuple[str, str]]:
 
 
 def _float32_products() -> str:
-    """Return whether torch multiplies float32 matrices in float32: images of NVIDIA have it use
-    TF32, by an environment variable."""
+    """Return whether torch multiplies float32 matrices in float32: in NVIDIA's images, an
+    environment variable makes it use TF32."""
     precision = torch.get_float32_matmul_precision()
     if precision == "highest":
         return "in float32"
@@ -112,7 +113,8 @@ def _float32_products() -> str:
 
 
 def _needs(least: tuple[int, int], capability: tuple[int, int], triton: bool) -> str:
-    """Return "on", or why a path that needs Triton and a compute capability is off."""
+    """Return "on", or why a path is off that needs Triton and a compute capability of at least
+    `least`."""
     if not triton:
         return "off: Triton is not installed"
     if capability < least:
@@ -123,7 +125,7 @@ def _needs(least: tuple[int, int], capability: tuple[int, int], triton: bool) ->
 
 
 def _host_memory() -> str:
-    """Return the free and total memory of this machine, as Linux tells it."""
+    """Return the free and total memory of this machine, as Linux reports them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -134,7 +136,7 @@ def _host_memory() -> str:
 
 
 def _disks() -> Iterator[tuple[str, str]]:
-    """Yield the free space of the current folder, and of the memory that data loaders share."""
+    """Yield the free space of the current folder, and of the shared memory of data loaders."""
     usage = shutil.disk_usage(".")
     yield "disk", f"{usage.free / GB:.1f} of {usage.total / GB:.1f} GB free in {Path.cwd()}"
     shared = Path("/dev/shm")
@@ -145,7 +147,7 @@ def _disks() -> Iterator[tuple[str, str]]:
 
 
 def _package(name: str, extra: str, purpose: str) -> str:
-    """Return the version of an optional package, or what is missing without it."""
+    """Return the version of an optional package, or what does not work without it."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -40,14 +40,15 @@ def evaluate(
     batch_size: int,
     known: dict | None = None,
 ) -> tuple[dict, Shown]:
-    """Return the report of a model, and samples to show. Without the file `prompts` the samples are
-    of a variant of moving shapes, and the table of their score is printed. `count`: prompts of each
-    list, or samples; None is the default. `known`: the report of other weights in this
-    pipeline, with the same arguments: what weights do not change is taken from it."""
+    """Return the report of a model, and samples to show. With the file `prompts`, samples are drawn
+    for its prompts; without it, for a variant of moving shapes, and the table of its scores is
+    printed. `count`: prompts of each list, or samples; None is the default. `known`: the report of
+    other weights in this pipeline with the same arguments; everything that does not depend on
+    weights is taken from it."""
     assert shape.size is not None, "samples have a size"
     (width, height), frames = shape.size, shape.frames
     drawn: Shown = []
-    shown, most = (32, 32) if variant == "one" else (2, 48)  # of a call, and of all
+    shown, most = (32, 32) if variant == "one" else (2, 48)  # shown of a call, and in all
 
     def sample(captions: list[str], first: int) -> Tensor:
         pixels = pipeline(captions, width, height, frames, settings, first, batch_size)
@@ -87,9 +88,10 @@ def evaluate(
 
 @dataclass
 class Scorer:
-    """Scores checkpoints one after another. Of those that share a pipeline, what their weights do
-    not change is built and measured once. `settings` and `size` (width, height, frames, rate):
-    functions of a config; `metrics`: see `build_scores`; the rest: see `evaluate`."""
+    """Scores checkpoints one after another. For those that share a pipeline, everything that does
+    not depend on their weights is built and measured once. `settings` and `size` (width, height,
+    frames, rate) are functions of a config; for `metrics` see `build_scores`, for the rest
+    `evaluate`."""
 
     loader: Loader
     settings: Callable[[ExperimentConfig], SampleSettings]

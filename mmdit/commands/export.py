@@ -1,4 +1,5 @@
-"""Weights of a run as a file or a folder to hand on: see `mmdit.scripts.export`."""
+"""Write the weights of a run to a file or a folder that can be passed on: see
+`mmdit.scripts.export`."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_export(args: argparse.Namespace, command: str) -> list[str]:
-    """Write what the arguments of `mmdit export` ask for, and its model card; return what to say.
-    `command`: what was typed. ValueError: they do not go together, or the model cannot be written
-    so."""
+    """Write what the arguments of `mmdit export` ask for, and its model card; return lines to
+    print. `command`: the command as typed. ValueError if the arguments contradict each other, or
+    the model cannot be written in this form."""
     if sum(map(bool, (args.merge, args.lora, args.layout))) > 1:
         raise ValueError("--merge, --lora and --layout each make another file: choose one")
     if Path(args.out).suffix in (".pt", ".pth", ".ckpt", ".bin"):
@@ -50,7 +51,7 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
 
 
 def _write_file(args: argparse.Namespace) -> tuple[Exported, list[str]]:
-    """Write the one file of our own."""
+    """Write a single file in our own format."""
     if args.expert:
         raise ValueError(
             f"--expert is {args.expert}, but the whole model is written: add --lora or --layout"
@@ -85,12 +86,12 @@ def _write_file(args: argparse.Namespace) -> tuple[Exported, list[str]]:
 
 
 def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
-    """Write the adapters alone, or a network in the layout of others."""
+    """Write only the adapters, or a network in a layout of other programs."""
     pipeline, config = load_pipeline(
         args.checkpoint,
         "cpu",
         use_ema=not args.raw_weights,
-        lora=None,  # kept apart: what writes a whole model merges them, rounding once
+        lora=None,  # not merged here: the writers merge, and round once
         overrides=args.overrides,
         wanted=args.expert,
     )
@@ -139,8 +140,8 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
 
 
 def check_overrides(overrides: list[str], whole_wan: bool = False) -> None:
-    """Raise ValueError for an override of what the weights decide. `whole_wan`: how its base is
-    kept meanwhile may be chosen."""
+    """Raise ValueError for an override of a key that the weights determine. With `whole_wan`, the
+    dtype of its base may be chosen."""
     for word in overrides:
         key = word.partition("=")[0]
         if key == "model.dtype" and whole_wan:
@@ -153,8 +154,7 @@ def check_overrides(overrides: list[str], whole_wan: bool = False) -> None:
 
 
 def shareable(meta: Meta, overrides: list[str]) -> Meta:
-    """Return what a file says of itself: the config with `overrides`, and without the places of
-    this machine."""
+    """Return the metadata of a file: the config with `overrides`, without paths of this machine."""
     config = apply_overrides(meta.config, overrides)
     if overrides:
         decode(ExperimentConfig, config)
@@ -165,7 +165,7 @@ def shareable(meta: Meta, overrides: list[str]) -> Meta:
 
 
 def _write_pipeline(args: argparse.Namespace) -> tuple[Exported, list[str]]:
-    """Write a whole pipeline of Diffusers."""
+    """Write a complete pipeline of Diffusers."""
     try:
         from mmdit.experiment.diffusers_pipeline import save_pipeline
     except ImportError as error:
@@ -193,8 +193,8 @@ def _write_pipeline(args: argparse.Namespace) -> tuple[Exported, list[str]]:
 
 
 def merged(weights: Weights, use_ema: bool) -> Weights:
-    """Return the weights of a run with its adapters folded in, and a config without `lora:`.
-    ValueError: it has no adapters, is a pair of experts, or its base is elsewhere (Wan)."""
+    """Return the weights of a run with its adapters merged, and a config without `lora:`.
+    ValueError if it has no adapters, is a pair of experts, or its base lies elsewhere (Wan)."""
     source, config = weights.source, weights.meta.config
     if not config.get("lora", {}).get("enabled"):
         raise ValueError(

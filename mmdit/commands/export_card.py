@@ -1,8 +1,8 @@
-"""The model card beside an export: what it is, how it was made and how it is used, for people and
-for the Hugging Face hub.
+"""Write the model card beside an export: what it is, how it was made and how it is used, for people
+and for the Hugging Face hub.
 
 A folder gets `README.md`, a file `NAME.safetensors` gets `NAME.md`, with pictures beside it. A page
-that somebody else wrote, or changed since, is never replaced.
+that somebody else wrote, or has changed since, is never replaced.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ UNSTATED_LICENSE = f"{NOT_STATED}. Ask their author before you use or share them
 
 
 def write_card(exported: Exported) -> list[str]:
-    """Write the card of an export, with curves and samples of its run, and return what to say of
-    it."""
+    """Write the card of an export, with curves and samples of its run, and return lines to print
+    about it."""
     card = Card(exported)
     if not is_ours(card.path):
         return [
@@ -55,23 +55,23 @@ def write_card(exported: Exported) -> list[str]:
 
 
 def card_path(out: Path) -> Path:
-    """Return where the card of an export stands: in a folder, or beside a file."""
+    """Return the path of an export's card: inside a folder, or beside a file."""
     return out / "README.md" if out.is_dir() else out.with_name(f"{export_name(out)}.md")
 
 
 def export_name(out: Path) -> str:
-    """Return the name of an export without its suffix: `v1.5` has none."""
+    """Return the name of an export without the suffix `.safetensors`; `v1.5` has no suffix."""
     return out.stem if out.suffix == ".safetensors" else out.name
 
 
 def signed(text: str) -> str:
-    """Return a page with a last line by which it is known again, unless it was changed."""
+    """Return a page with a last line by which `is_ours` recognises it if nobody has changed it."""
     return f"{text}<!-- written by mmdit export, CRC-32 {zlib.crc32(text.encode())} -->\n"
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a page may be replaced: it is not there, or was written by `write_card` and
-    not changed since."""
+    """Return whether a page may be written: it does not exist, or `write_card` wrote it and nobody
+    has changed it since."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def is_ours(path: Path) -> bool:
 
 @dataclass
 class Card:
-    """The page about an export. `notes`: what is missing in it, and why."""
+    """The page about an export. `notes`: what is missing on it, and why."""
 
     exported: Exported
     notes: list[str] = field(default_factory=list, init=False)
@@ -104,14 +104,14 @@ class Card:
 
     @cached_property
     def pictures(self) -> dict[str, bytes]:
-        """Return the files of pictures by their names."""
+        """Return the contents of the picture files by their names."""
         stem = "" if self.exported.out.is_dir() else f"{export_name(self.exported.out)}-"
         parts = {"curves.png": self._curves(), "samples.webp": self._samples()}
         parts["clips.webp"] = self._clips()
         return {f"{stem}{name}": data for name, data in parts.items() if data}
 
     def text(self) -> str:
-        """Return the whole page, but for its last line."""
+        """Return the whole page, except for its last line."""
         front = to_yaml(self._front())
         license = self.stated.license or UNSTATED_LICENSE
         parts = {
@@ -128,7 +128,7 @@ class Card:
         return f"---\n{front}---\n\n# {escaped(name)}\n\n{self._about()}\n\n{body}\n"
 
     def _licence_of_code(self) -> str:
-        """Return what the file LICENSE is of, where an export holds code."""
+        """Return a sentence on the file LICENSE, if an export holds code."""
         if self.exported.form != "diffusers_pipeline":
             return ""
         return " The file `LICENSE` is that of the code in `pipeline.py`."
@@ -136,7 +136,7 @@ class Card:
     # ── what it is ────────────────────────────────────────────────────────────────────────────────
     @cached_property
     def task(self) -> str:
-        """Return the task as the hub names it."""
+        """Return the task, under the hub's name."""
         if self.config.get("tokenizer", {}).get("picture", "none") != "none":
             return "image-to-video"
         if self.config.get("model", {}).get("conditioning", "none") != "none":
@@ -146,7 +146,7 @@ class Card:
 
     @cached_property
     def base(self) -> str:
-        """Return the model that was changed, by its name on the hub; nothing if it is not known."""
+        """Return the hub's name of the model that was fine-tuned; "" if it is not known."""
         if self.stated.base_model or self.config.get("model", {}).get("type") != "wan":
             return self.stated.base_model
         place = str(self.config["model"].get("name_or_path", "")).rstrip("/")
@@ -154,7 +154,7 @@ class Card:
         return f"Wan-AI/{name}" if WAN_NAME.fullmatch(name) else ""
 
     def _front(self) -> dict:
-        """Return what the hub reads of a card."""
+        """Return the metadata of a card, which the hub reads."""
         exported, lora = self.exported, self.config.get("lora") or {}
         adapted = bool(lora.get("enabled")) and (exported.is_lora or exported.form == "mmdit")
         tags = ["mmdit", self.task, str(self.config.get("train", {}).get("objective", "")).strip()]
@@ -173,7 +173,7 @@ class Card:
         return front
 
     def _about(self) -> str:
-        """Return in sentences what was exported."""
+        """Return sentences on what was exported."""
         exported, lora = self.exported, self.config.get("lora") or {}
         size = f"{exported.parameters:,} parameters"
         what = f"A {self.task} model of {size}"
@@ -206,7 +206,7 @@ class Card:
 
     # ── how it is used ────────────────────────────────────────────────────────────────────────────
     def _use(self) -> str:
-        """Return commands that use what was exported."""
+        """Return commands that use the export."""
         prompts = (self.config.get("train") or {}).get("sample_prompts") or ["a prompt"]
         prompt = with_trigger(" ".join(str(prompts[0]).split()), self.captions)
         prompt = without_paths(prompt)
@@ -221,7 +221,7 @@ class Card:
         return "\n\n".join([*said, *uses_elsewhere(self.exported, prompt)])
 
     def _shown_samples(self) -> str:
-        """Return samples of the run, and what was asked for."""
+        """Return samples of the run, with their prompts."""
         shown = [picture("samples", name) for name in self.pictures if name.endswith(".webp")]
         if not shown or self.run is None:
             return ""
@@ -242,7 +242,7 @@ class Card:
         return [record for record in records if step is None or record["step"] <= step]
 
     def _training(self) -> str:
-        """Return figures, curves, starts and the commands."""
+        """Return the figures, curves, starts and commands of the training."""
         parts = []
         if self.run and self.records:
             said = figures(self.records[-1], self.run.max_steps())
@@ -257,13 +257,13 @@ class Card:
         return "\n\n".join(parts)
 
     def _commands(self) -> list[str]:
-        """Return what was typed, but for where things lay."""
+        """Return the commands as typed, without the paths of this machine."""
         typed: list[str] = []
         for start in read_starts(self.run.folder) if self.run else []:
             command = start.get("command")
             if isinstance(command, str) and command and command not in typed:
                 typed.append(command)
-        if self.run and not typed:  # the run of an older version
+        if self.run and not typed:  # a run of an older version recorded none
             typed.append("mmdit train --config config.yaml --train_cache_dir CACHE")
         if self.exported.command:
             typed.append(self.exported.command)
@@ -271,7 +271,7 @@ class Card:
         for command in typed:
             try:
                 commands.append(portable_command(command))
-            except ValueError:  # not as a shell quotes
+            except ValueError:  # no shell quotes in this way
                 continue
         return commands
 
@@ -288,7 +288,8 @@ class Card:
         return file.getvalue()
 
     def _preview(self) -> dict:
-        """Return the newest preview up to the step of the export; nothing if there is none."""
+        """Return the newest preview up to the step of the export; an empty dictionary if there is
+        none."""
         listed = self.run.previews() if self.run else []
         step = self.exported.step
         return next((row for row in reversed(listed) if step is None or row["step"] <= step), {})
@@ -304,7 +305,7 @@ class Card:
         return self._webp(preview, preview["video"], CLIP_SIDE, CLIP_FRAMES)
 
     def _webp(self, preview: dict, name: str, side: int, most: int) -> bytes:
-        """Return a picture or a clip of a preview."""
+        """Return a picture or a clip of a preview as WebP."""
         assert self.run is not None
         path = self.run.folder / "samples" / preview["folder"] / name
         try:
@@ -316,7 +317,7 @@ class Card:
 
     # ── how good it is, and of what ───────────────────────────────────────────────────────────────
     def _data(self) -> str:
-        """Return what is known of the data: what was stated, and what the run counted."""
+        """Return what is known about the data: what the config states, and what the run counted."""
         stated = self.stated
         rows = [
             ["data", stated.data or NOT_STATED],
@@ -337,7 +338,8 @@ class Card:
 
 
 def run_of(checkpoint: Path | None) -> RunFolder | None:
-    """Return the run that a checkpoint folder belongs to; None for a file, or a lone checkpoint."""
+    """Return the run to which a checkpoint folder belongs; None for a file, or for a checkpoint
+    outside of a run."""
     if checkpoint is None or checkpoint.is_file():
         return None
     for folder in list(checkpoint.resolve().parents)[:3]:

@@ -16,11 +16,11 @@ PICTURES = {"first": " --image first.png", "first_last": " --image first.png --i
 
 @dataclass(frozen=True)
 class Exported:
-    """Says what was written to `out`, or fetched. `form`: `mmdit` for our own file, a format of
-    LoRA, a layout, or `release` of a whole Wan. `config`: of its run, as plain data; `checkpoint`
-    and `step`: what it was read from, None for a release; `raw`: the last weights, not their
-    average; `is_pair`: adapters of two experts; `expert`: the one of a release's two that was
-    written; `command`: what was typed."""
+    """Describes an export, or a model that was fetched, at `out`. `form`: `mmdit` for our own file,
+    a format of LoRA, a layout, or `release` for a whole Wan. `config`: that of its run, as plain
+    data; `checkpoint` and `step`: what was exported, None for a release; `raw`: the last weights,
+    not their average; `is_pair`: it holds the adapters of two experts; `expert`: which of a
+    release's two experts was written; `command`: the command as typed."""
 
     out: Path
     form: str
@@ -36,8 +36,8 @@ class Exported:
 
 
 def commands_for(exported: Exported, base: str, prompt: str, place: str = "") -> list[str]:
-    """Return commands that use an export, which lies in `place` (where they are typed); `base`: the
-    name of what adapters change."""
+    """Return commands that use an export. `place`: its path, relative to where they are typed;
+    `base`: the name of the model that adapters belong to."""
     name, asked = shlex.quote(place or exported.out.name), shlex.quote(prompt)
     asked += PICTURES.get(_value(exported.config, "tokenizer.picture"), "")
     train = "mmdit train --config my.yaml --train_cache_dir CACHE"
@@ -55,7 +55,7 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
         lines = [
             f"mmdit sample --checkpoint {changed} {laid} {name} --prompts {asked} --out samples"
         ]
-        if _value(exported.config, "model.type") in ("", "wan"):  # ours goes on from a run alone
+        if _value(exported.config, "model.type") in ("", "wan"):  # ours continue from a run only
             lines.append(f"{train} train.init_from={name} lora.enabled=true")
             if exported.expert:
                 lines[-1] += f" model.expert={exported.expert}"
@@ -67,7 +67,7 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
 
 
 def needed_places(config: dict) -> list[str]:
-    """Return overrides for what a file needs and does not hold, where that does not ship with
+    """Return overrides for the files that an export needs and does not hold, unless these ship with
     mmdit."""
     here = dict(places_here(config))
     words = []
@@ -80,8 +80,8 @@ def needed_places(config: dict) -> list[str]:
 
 
 def places_here(config: dict) -> Iterator[tuple[str, str]]:
-    """Yield the key and the text of every place that a file needs and that is one of this machine:
-    an absolute path, or a relative one at which something lies that does not ship with mmdit."""
+    """Yield the key and the text of every needed path that belongs to this machine: an absolute
+    one, or a relative one at which there is a file that does not ship with mmdit."""
     for key in NEEDED:
         place = _value(config, key)
         if is_local(place) or (place and not shipped_path(place) and Path(place).exists()):
@@ -89,14 +89,14 @@ def places_here(config: dict) -> Iterator[tuple[str, str]]:
 
 
 def _value(config: dict, key: str) -> str:
-    """Return the text at a dotted key of two parts, empty where there is none."""
+    """Return the text at a dotted key of two parts; "" if there is none."""
     section, _, name = key.partition(".")
     value = (config.get(section) or {}).get(name)
     return value if isinstance(value, str) else ""
 
 
 def uses_elsewhere(exported: Exported, prompt: str) -> list[str]:
-    """Return how other programs use an export, as paragraphs of Markdown."""
+    """Return paragraphs of Markdown on how other programs use an export."""
     if exported.form == "diffusers_pipeline":
         opened = "pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)"
         call = f"from diffusers import DiffusionPipeline\n\n{opened}\npipe({prompt!r})"

@@ -1,4 +1,4 @@
-"""Put the difference of two models into a LoRA: see `mmdit.scripts.extract_lora`."""
+"""Extract the difference of two models as a LoRA: see `mmdit.scripts.extract_lora`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ from mmdit.nn.float8 import LEAST
 from mmdit.nn.stored_weights import StoredWeight
 from mmdit.training.expert_choice import choose_expert
 
-# Of larger matrices the singular vectors come from a random basis with so many more vectors than
-# the rank, after so many products with the matrix (Halko et al. 2011, algorithm 4.4).
+# The singular vectors of larger matrices come from a random basis with MORE_VECTORS vectors more
+# than the rank, after PRODUCTS products with the matrix (Halko et al. 2011, algorithm 4.4).
 MORE_VECTORS, PRODUCTS = 16, 4
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """Hold the norms of one layer's weight, of its change, and of what the LoRA leaves of that."""
+    """The norms of one layer's weight, of its change, and of the part of the change that the LoRA
+    lacks."""
 
     layer: str
     weight: float
@@ -49,7 +50,8 @@ class Extraction:
 
 @dataclass
 class Extracted:
-    """`layers`: what the LoRA holds. `others`: the names of further parameters that changed."""
+    """The result: `layers` are those that the LoRA holds; `others` are the names of further
+    parameters that changed."""
 
     layers: list[Extraction] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -57,8 +59,8 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Side:
-    """Hold one of the two models: its network, the expert of a pair of ours that it is, with a line
-    about the choice, and the weights of its text encoder that are stored with it, by name."""
+    """One of the two models: its network; for a pair of ours, the expert and a line about the
+    choice; and the weights of its text encoder that are stored with it, by name."""
 
     network: Denoiser
     expert: str | None = None
@@ -67,9 +69,11 @@ class Side:
 
 
 def side_of(path: str, expert: str | None, merged_like: Side | None = None) -> Side:
-    """Return a run, checkpoint or export of ours, or Wan weights of any layout, which stay in their
-    files. Adapters are beside its weights, but merged where it is compared with `merged_like`. A
-    base that a run keeps in codes is read without them: their errors are no change."""
+    """Return the model at `path`: a run, checkpoint or export of ours, or Wan weights of any
+    layout, which stay in their files. `merged_like` is given for the base, and is the tuned model:
+    the base's adapters are merged, and it has the same expert; the tuned model's adapters stay
+    beside its weights. If a run keeps its base quantised, it is read without that: quantisation
+    errors are no change."""
     if not is_ours(path):
         return Side(load_dit(path, expert=expert, in_file=True))
     lora = None
@@ -81,7 +85,7 @@ def side_of(path: str, expert: str | None, merged_like: Side | None = None) -> S
         pipeline, config = load(overrides=["model.dtype=bfloat16"])
     is_pair = config.model.expert or config.experts.enabled
     if merged_like is not None and not is_pair:
-        expert = None  # both experts may have come of this network
+        expert = None  # both experts may have been tuned from it
     choice = choose_expert(pipeline, config, expert, path)
     stored = pipeline.learner.stored_state().items()
     encoder = {name: value for name, value in stored if name.startswith("text_encoder.")}
@@ -89,7 +93,8 @@ def side_of(path: str, expert: str | None, merged_like: Side | None = None) -> S
 
 
 def encoder_changes(base: Side, tuned: Side) -> list[str]:
-    """Return the names of the text encoder's weights that `tuned` has and `base` has not so."""
+    """Return the names of the text encoder's weights that `tuned` has and that are missing or
+    different in `base`."""
     result = []
     for name, value in tuned.encoder.items():
         before, after = base.encoder.get(name), value.float()
@@ -107,14 +112,15 @@ def extract(
     device: torch.device,
     whole: bool = False,
 ) -> Extracted:
-    """Give `base` a LoRA of at most `rank` in each linear layer that `targets` choose (none: all of
-    the blocks) and whose weight `tuned` changes, nearest to that change in the Frobenius norm.
-    `whole`: add the changes of all other parameters to it as whole differences. ValueError: the
-    networks are not alike, or no chosen layer differs."""
+    """Give `base` a LoRA in each linear layer that `targets` choose (none: all layers of the
+    blocks) and whose weight differs in `tuned`. Each has at most rank `rank`, and is as near to the
+    change as possible in the Frobenius norm. `whole`: add the changes of all other parameters as
+    whole differences. ValueError if the networks differ in structure, or no chosen layer
+    differs."""
     if not targets:
         targets = ("blocks.*", *(f"blocks.*{name}*" for name in base.lora_only_if_named))
     parameters = {name: value for name, value in tuned.named_parameters() if not is_adapter(name)}
-    # in bfloat16 a merged weight would keep a part of a small update
+    # a weight merged in bfloat16 would keep only a part of a small update
     adapted = {f"{name}.weight": layer for name, layer in adapters(tuned).items()}
     _check_alike(dict(base.named_parameters()), parameters)
     chosen = {f"{name}.weight": name for name in select(base, LoRAConfig(target_modules=targets))}
@@ -149,14 +155,14 @@ def extract(
 
 
 def plain(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter in float32, read from its file if it lies there."""
+    """Return a parameter as float32; it is read from its file if it lies there."""
     value = parameter.detach()
     return (value.whole() if isinstance(value, StoredWeight) else value).float()
 
 
 def rounded_as(stored: Tensor, after: Tensor, value: Tensor) -> Tensor:
-    """Return `value` in the float8 that the weight `stored` is kept in, or in the 16 bits that its
-    numbers `after` came from, if they did: rounding to them is no change that a training made.
+    """Return `value`, rounded to the float8 in which the weight `stored` is kept, or to bfloat16 or
+    float16 if its numbers `after` fit into that: rounding is not a change that training made.
     `after` and `value` are float32, whatever their files hold."""
     if isinstance(stored, StoredWeight) and stored.codes.dtype.itemsize == 1:
         dtype, scale = stored.codes.dtype, stored.scale
@@ -181,9 +187,9 @@ def _check_alike(before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]
 
 
 def nearest(matrix: Tensor, rank: int) -> dict[str, Tensor]:
-    """Return `lora_A (r, in)` and `lora_B (out, r)`, float32, whose product is the matrix of rank
-    `r` nearest to `matrix (out, in)`, r being `rank` or, if less, the smaller side. Both factors
-    have the same singular values. Of large matrices it is near to the nearest."""
+    """Return `lora_A (r, in)` and `lora_B (out, r)`, float32, whose product is the matrix of rank r
+    nearest to `matrix (out, in)`, where r is `rank` or, if less, the smaller side. Both factors
+    have the same singular values. For large matrices the result is approximate."""
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= max(EXACT, rank + MORE_VECTORS):
         left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -205,8 +211,8 @@ def _maker(factors: dict[str, Tensor]) -> Make:
 
 
 def table(extracted: Extracted) -> Iterator[str]:
-    """Yield the lines that say for each sort of layer how far it moved, and which share of the
-    square of that the LoRA holds."""
+    """Yield lines that say, for each type of layer, how far it moved, and which share of the
+    squared change the LoRA holds."""
     sorts: dict[str, list[Extraction]] = {}
     for row in extracted.layers:
         sorts.setdefault(kind_of(row.layer), []).append(row)
@@ -222,7 +228,7 @@ def table(extracted: Extracted) -> Iterator[str]:
 
 
 def place_of(out: Path) -> str:
-    """Return `wrote OUT (… MB)`, of a file or a folder."""
+    """Return `wrote OUT (… MB)` for a file or a folder."""
     files = out.rglob("*") if out.is_dir() else [out]
     size = sum(file.stat().st_size for file in files if file.is_file())
     return f"wrote {out} ({size / 1e6:.1f} MB)"

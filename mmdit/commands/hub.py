@@ -1,5 +1,5 @@
-"""Hold what `mmdit push` and `mmdit pull` share: the client of the Hugging Face hub, which files
-they know, and errors in words."""
+"""Share code between `mmdit push` and `mmdit pull`: the client of the Hugging Face hub, the files
+that they handle, and errors in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from mmdit.privacy import without_secrets
 
-# What mmdit reads, and all that `pull` takes: none of it can be executed.
+# The files that mmdit reads; `pull` takes no others. None of them can be executed.
 READ = (".safetensors", ".json", ".yaml", ".yml", ".md", ".txt", ".png", ".webp", ".mp4")
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -29,15 +29,15 @@ def open_hub() -> Any:
 
 
 def check_repository(name: str) -> None:
-    """Raise ValueError unless `name` is that of a repository."""
+    """Raise ValueError unless `name` is a valid name of a repository."""
     if not REPOSITORY.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a repository: must be OWNER/NAME")
 
 
 @contextlib.contextmanager
 def explain_hub_errors(hub: Any, repository: str) -> Iterator[None]:
-    """Raise ValueError in one sentence, which never holds the token, for what goes wrong between
-    here and the hub."""
+    """Turn errors of the network and the hub into a ValueError of one sentence, which never holds
+    the token."""
     from huggingface_hub import errors
 
     try:
@@ -49,7 +49,7 @@ def explain_hub_errors(hub: Any, repository: str) -> Iterator[None]:
         raise ValueError(_status(status, repository, hub, error)) from None
     except (errors.HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of a file here: said as it is
+            raise  # about a file here: it is clear as it is
         raise ValueError(
             f"{_place(hub)} was not reached, or broke off ({_first_line(error, hub)}); the same"
             " command goes on from where it was"
@@ -86,7 +86,7 @@ def _first_line(error: Exception, hub: Any) -> str:
 
 
 def _place(hub: Any) -> str:
-    """Return the address of the hub, in which a mirror may want a password."""
+    """Return the address of the hub, without the password that a mirror may need."""
     return without_secrets(hub.endpoint)
 
 
@@ -97,7 +97,7 @@ def _token(hub: Any) -> str | None:
 
 
 def size_in_words(size: int) -> str:
-    """Return a number of bytes for a person."""
+    """Return a number of bytes as text."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"

@@ -1,9 +1,9 @@
-"""Run commands one after another in this process, in place of one process for each.
+"""Run commands one after another in this process, instead of starting a process for each.
 
-What is imported, loaded onto the GPU and compiled by Triton serves the commands that follow, and so
-does the cache of the last training, as long as its files stay as they are. All else is as if each
-began alone: random states, settings of torch, signal handlers, folder, environment, and the memory
-of the command before.
+What is imported, loaded onto the GPU and compiled by Triton is reused by the commands that follow,
+and so is the cache of the last training, as long as its files do not change. Everything else is as
+if each command ran alone: random states, settings of torch, signal handlers, folder, environment;
+and the memory of the command before is freed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mmdit.training.errors import RunError
 from mmdit.training.graphs.common import try_again
 from mmdit.training.trainer import StopRequest
 
-# What commands may set in torch: how it is read, and how it is put back.
+# Settings of torch that commands may change: how to read each, and how to set it.
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -39,19 +39,20 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
 )
-FLAGS = ("benchmark", "deterministic")  # of torch.backends.cudnn
+FLAGS = ("benchmark", "deterministic")  # in torch.backends.cudnn
 
 
 def program() -> str:
-    """Return the module of the program that this process runs: mmdit, or a driver of ours that
-    knows more configs."""
+    """Return the module of the program that runs in this process: mmdit, or a driver of ours that
+    knows further configs."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name if spec else ""
     return name if DRIVER.fullmatch(name) else "mmdit"
 
 
 class Fresh:
-    """The state of this process when this is made, before any command; `restore` puts it back."""
+    """The state of this process at the time when the object is made, before any command; `restore`
+    returns to it."""
 
     def __init__(self):
         self.settings = [get() for get, _ in SETTINGS]
@@ -65,7 +66,7 @@ class Fresh:
         self.handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
 
     def restore(self) -> None:
-        """Put everything back, and free what the last command has left in memory."""
+        """Restore the state, and free the memory that the last command used."""
         self._restore_torch()
         random.setstate(self.random_state)
         np.random.set_state(self.numpy_state)
@@ -80,7 +81,7 @@ class Fresh:
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         gc.collect()
-        gc.freeze()  # what is left, imports above all, need not be walked again for half a second
+        gc.freeze()  # so that later collections skip imports, which takes half a second
         free_gpus()
 
     def _restore_torch(self) -> None:
@@ -94,13 +95,13 @@ class Fresh:
             for generator in torch.cuda.default_generators:
                 generator.manual_seed(self.seed)
         try_again()
-        # Else graphs of the blocks of other networks count against the limit of these.
+        # Otherwise graphs of other networks' blocks would count towards the limit of the next ones.
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
 
 
 def free_gpus() -> None:
-    """Give back the memory of GPUs that no tensor holds, and begin to measure its peak anew."""
+    """Release GPU memory that no tensor uses, and reset its peak."""
     if not torch.cuda.is_initialized():
         return
     torch.cuda.empty_cache()
@@ -109,8 +110,8 @@ def free_gpus() -> None:
 
 
 class InProcess:
-    """Runs commands here by `run`, which is given their words and returns a status. It is made
-    before the first command, for a recipe of the program `module`. ValueError: this process runs
+    """Runs commands in this process by `run`, which takes their words and returns a status. Make it
+    before the first command. `module`: the program of the recipe. ValueError if this process runs
     another program."""
 
     def __init__(self, run: Callable[[list[str]], int | None], module: str = "mmdit"):
@@ -125,8 +126,8 @@ class InProcess:
         self.cache = KeptCache()
 
     def __call__(self, words: list[str]) -> None:
-        """Run a command to its end. RunError: it failed. KeyboardInterrupt: a signal asked it to
-        stop, and it has ended as it does alone: a training has saved."""
+        """Run a command to its end. RunError if it failed. KeyboardInterrupt if a signal asked it
+        to stop; it has then ended as it would alone, so a training has saved."""
         before = StopRequest.heard
         try:
             with stoppable() as heard, warnings.catch_warnings(), self.cache.used():
@@ -143,8 +144,8 @@ class InProcess:
 
 @contextmanager
 def stoppable() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt in the block for a signal that asks to stop, and yield those that
-    came, but for those that a training listens to itself."""
+    """Raise KeyboardInterrupt while the block runs for SIGINT and SIGTERM. Yield a list of the
+    signals that arrived, without those that a training handles itself."""
     heard: list[int] = []
 
     def stop(signum, frame):
@@ -156,7 +157,7 @@ def stoppable() -> Iterator[list[int]]:
 
 
 def status_of(run: Callable[[list[str]], int | None], words: list[str]) -> int:
-    """Return the exit status that a process of `run(words)` would have."""
+    """Return the exit status that a process running `run(words)` would have."""
     try:
         return run(words) or 0
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""Tell what an adapter does to its base, from files: see `mmdit.scripts.inspect_adapter`."""
+"""Tell, from files, what an adapter does to its base: see `mmdit.scripts.inspect_adapter`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from mmdit.weights import Checkpoint, check_fits, check_numbers
 
 
 def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
-    """Return the change of each adapted layer, and of each parameter with a whole difference: of a
-    run with its own adapter or another, or of Wan weights. ValueError: there is no adapter."""
+    """Return the change of each adapted layer, and of each parameter with a whole difference.
+    `base` is a run, with its own or another `adapter`, or Wan weights. ValueError if there is no
+    adapter."""
     if adapter and not is_ours(base):
         _say(note_of_name(adapter, expert))
         return wan_changes(base, adapter, expert)
@@ -51,8 +52,8 @@ def changes(base: str, adapter: str | None, expert: str | None) -> list[Change]:
 def _chosen(
     pipeline: Pipeline, config: ExperimentConfig, expert: str | None, base: str
 ) -> tuple[str | None, nn.Module]:
-    """Return the expert that is looked at, by name, and say which; of our own pairs both, unless
-    one is asked for."""
+    """Return the name and the network of the expert to inspect, and print which it is; for our own
+    pairs both experts, unless one is asked for."""
     choice = joint_choice(pipeline, config, expert, base)
     _say(choice.said)
     return choice.name, choice.network
@@ -64,8 +65,8 @@ def _say(text: str) -> None:
 
 
 def wan_changes(base: str, adapter: str, expert: str | None) -> list[Change]:
-    """Return the change of each adapted layer of Wan weights, read one at a time: no model is
-    built. ValueError: they are no weights that a model could be made of, such as quantised ones."""
+    """Return the change of each adapted layer of Wan weights, which are read one at a time: no
+    model is built. ValueError if no model could be made of them, as if they are quantised."""
     stored = Checkpoint(locate(Path(base), expert))
     names, _, _ = official_names(list(stored.entries))
     shapes = {names[name]: entry.shape for name, entry in stored.entries.items() if name in names}
@@ -99,8 +100,8 @@ def compare(
     expert: str | None = None,
 ) -> dict:
     """Compare samples and attention without and with the adapter, from the same noise, and return
-    the report; the samples go side by side into `sheet`. Of a pair one expert has the adapter, and
-    its attention is looked at; the other has none."""
+    the report; `sheet` gets the samples side by side. In a pair, only one expert has the adapter,
+    and only its attention is measured."""
     report, pixels = {}, {}
     for which in ("before", "after"):
         pipeline, config = load_pipeline(base, device, lora=None)
@@ -129,7 +130,8 @@ def compare(
 
 
 def is_ours(base: str) -> bool:
-    """Return whether `base` is a run, a checkpoint folder or an export, and not Wan weights."""
+    """Return whether `base` is a run, a checkpoint folder or an export, as opposed to Wan
+    weights."""
     path = Path(base)
     if path.is_dir():
         return (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir()
@@ -138,5 +140,5 @@ def is_ours(base: str) -> bool:
     try:
         with safe_open(path, "pt") as handle:
             return "mmdit" in (handle.metadata() or {})
-    except SafetensorError:  # who reads it as Wan weights says what is wrong
+    except SafetensorError:  # reading it as Wan weights will say what is wrong
         return False

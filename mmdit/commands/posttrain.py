@@ -1,4 +1,4 @@
-"""Reward post-training assembled: a trained model, prompts, rewards and one of the loops of
+"""Assemble reward post-training: a trained model, prompts, rewards and one of the loops of
 `mmdit.posttrain`."""
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ OF_PAIRS += ("posttrain.rewards", "posttrain.reward_frames:", "posttrain.dpo.col
 
 
 def _check(config: ExperimentConfig) -> None:
-    """Raise ConfigError for what post-training cannot do, before anything is loaded."""
+    """Raise ConfigError for settings that post-training does not support, before anything is
+    loaded."""
     settings = config.posttrain
     if settings is None:
         raise ConfigError(
@@ -149,8 +150,8 @@ def _check(config: ExperimentConfig) -> None:
 
 
 def _changed(settings: PosttrainConfig, stored: dict, now: dict) -> Iterator[str]:
-    """Yield a line for each setting of a resumed run that is another one than in `stored`, and say
-    where it comes too late: offline DPO makes its pairs once."""
+    """Yield a line for each setting of a resumed run that differs from `stored`. It says where a
+    change comes too late: offline DPO makes its pairs once."""
     makes_pairs = settings.compares_samples and settings.algorithm == "dpo"
     late = OF_PAIRS if makes_pairs and settings.in_single_updates else ()
     for line in changes(stored, now):
@@ -161,8 +162,8 @@ def _changed(settings: PosttrainConfig, stored: dict, now: dict) -> Iterator[str
 def _with_first_model(
     config: ExperimentConfig, meta: checkpoint.Meta | None, world: World
 ) -> ExperimentConfig:
-    """Return `config` with the checkpoint that `train.init_from` is, or was when the run that wrote
-    `meta` began: the reference stays."""
+    """Return `config` with `train.init_from` set to a checkpoint: the one to which it points, or to
+    which it pointed when the run that wrote `meta` began, because the reference stays the same."""
     if config.train.init_from is None:
         return config
     first = Path(config.train.init_from)
@@ -177,7 +178,7 @@ def _with_first_model(
 def _lay_out(
     learner: Learner, frozen: list[Denoiser], config: ExperimentConfig, world: World, cuts: bool
 ) -> None:
-    """Move the networks to the device, or cut them over the processes."""
+    """Move the networks to the device, or shard them over the processes."""
     if cuts:
         shard(learner, world, config.parallel, further=frozen)
     move_to_device(learner, config.train.offload_blocks, world.device)
@@ -192,8 +193,8 @@ def posttrain(
     dry_run: bool = False,
     command: str = "",
 ) -> bool:
-    """Post-train as configured. Return True when it ended, False when it was asked to stop
-    (continue with `resume`). `command`: what was typed, for the record."""
+    """Post-train as configured. Return True when the run ended, False when it was asked to stop
+    (continue with `resume`). `command`: the command as typed, for the record."""
     config = resolved(config)
     _check(config)
     settings, train = config.posttrain, config.train
@@ -232,7 +233,7 @@ def posttrain(
         origin = {"source": start.train.init_from, "crc32": sum_of(states, prompts.captions)}
         if meta:
             check_origin(meta, origin, resumed)
-        if not late:  # the sum is the same for any number of processes
+        if not late:  # the sum must not depend on the number of processes
             _lay_out(learner, frozen, config, world, cuts)
         state = TrainState.create(learner, train, config.ema)
 
@@ -249,7 +250,7 @@ def posttrain(
             if config.lora.enabled:
                 adapted = lora_state(learner.model)
                 files = {**files, "lora": {key: whole(value) for key, value in adapted.items()}}
-            if best:  # the weights as they were scored: not averaged
+            if best:  # the weights that were scored, which are not averaged
                 folder, keep = config.run_dir / "best", (1, 0)
                 files = {name: files[name] for name in ("model", "lora") if name in files}
             checkpoint.save(folder, meta, files, *keep, world)
@@ -308,8 +309,8 @@ def posttrain(
 
 
 def data_of(session: Session, video: VideoConfig) -> list[dict[str, Any]]:
-    """Return what tells the samples that a run learns from, beside its own, from others.
-    ConfigError: they are no samples such as `video` describes."""
+    """Return what identifies the samples of others that a run learns from, besides its own.
+    ConfigError if they do not fit `video`."""
     config = session.config
     if config.algorithm == "srpo" and config.srpo.latents:
         cache = real_latents(session)
@@ -325,7 +326,7 @@ def data_of(session: Session, video: VideoConfig) -> list[dict[str, Any]]:
 
 
 def describe_session(session: Session) -> list[str]:
-    """Return what is about to happen, as lines: geometry, memory of the stored trajectories, the
+    """Return lines on what is about to happen: counts, memory of the stored trajectories, the
     trained noise levels and, with two experts, the one that is trained."""
     config, world = session.config, session.world
     samples = config.prompts_per_epoch * config.group_size

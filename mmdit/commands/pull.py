@@ -1,5 +1,5 @@
-"""Fetch a model from a repository of the Hugging Face hub: at one commit, only files that mmdit
-reads, each compared with its check sum, and nothing of it executed."""
+"""Fetch a model from a repository of the Hugging Face hub, at one commit: only files that mmdit
+reads, each checked against its check sum. Nothing of it is executed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from mmdit.terminal import shown
 from mmdit.training.samples import check_writable
 from mmdit.weights import INDEX
 
-PART = ".pulling-{}.part"  # a file on its way, by its check sum
+PART = ".pulling-{}.part"  # name of an unfinished file, with its check sum
 WEIGHTS = (".safetensors", INDEX)
 SHOWN = 8
 
 
 @dataclass
 class Pull:
-    """A repository at one `commit`: `files` by their names with what the hub says of them, and
-    names that are `left_out`."""
+    """A repository at one `commit`: `files` that will be fetched, by name, with the hub's
+    information on each, and the names of those `left_out`."""
 
     repository: str
     out: Path
@@ -49,7 +49,7 @@ class Pull:
             tree = self.hub.list_repo_tree(self.repository, recursive=True, revision=self.commit)
             for entry in tree:
                 if not hasattr(entry, "blob_id"):
-                    continue  # a folder
+                    continue  # an entry for a folder
                 if is_read(entry.path):
                     self.files[entry.path] = entry
                 else:
@@ -58,8 +58,8 @@ class Pull:
             raise ValueError(f"{self.repository} holds none of the files that mmdit reads")
 
     def fetch(self, replace: bool) -> Iterator[str]:
-        """Fetch what is not there yet, and yield a line for each file. ValueError: a file of
-        another content is there and may not be replaced, or one arrived damaged."""
+        """Fetch the files that are not here yet, and yield a line for each. ValueError if a file of
+        another content is here and may not be replaced, or one arrived damaged."""
         missing = [name for name in self.files if not self._is_there(name)]
         taken = [name for name in missing if (self.out / name).exists()]
         if taken and not replace:
@@ -72,22 +72,22 @@ class Pull:
             yield f"  {size_in_words(self.files[name].size):>10}  {name}"
         if kept := len(self.files) - len(missing):
             yield f"  {kept} files were there already"
-        for part in self.out.glob(PART.format("*")):  # of other commits
+        for part in self.out.glob(PART.format("*")):  # left by fetching other commits
             with contextlib.suppress(ValueError), refuse_link(part).open("ab") as file:
-                lock(file)  # else another call is fetching it
+                lock(file)  # fails if another call is fetching it
                 remove(part)
 
     def others(self) -> list[str]:
-        """Return the weights, and indices of them, that lie where those of this commit do and are
-        not of it: of another revision, or of somebody else."""
+        """Return the names of weight files and indices that lie beside those of this commit but do
+        not belong to it: they are of another revision, or of somebody else."""
         folders = {(self.out / name).parent for name in self.files if name.endswith(WEIGHTS)}
         there = [path for folder in folders for path in folder.iterdir() if not path.is_dir()]
         names = [path.relative_to(self.out).as_posix() for path in there]
         return sorted(name for name in names if name.endswith(WEIGHTS) and name not in self.files)
 
     def _fetch(self, name: str) -> None:
-        """Fetch one file, from where an earlier call was interrupted. It bears its name when it is
-        whole and has the check sum that the hub says."""
+        """Fetch one file, continuing where an earlier call was interrupted. It gets its name only
+        when it is complete and its check sum is that of the hub."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
@@ -119,8 +119,8 @@ class Pull:
         os.replace(part, target)
 
     def _is_there(self, name: str) -> bool:
-        """Return whether a file is here and is what the hub says. ValueError: a link is in the way,
-        a folder where the file belongs, or a file where a folder does."""
+        """Return whether a file is here with the content that the hub has. ValueError: a link is in
+        the way, a folder where the file belongs, or a file where a folder does."""
         path = self.out
         for part in PurePosixPath(name).parts:
             if path.is_file():
@@ -132,7 +132,7 @@ class Pull:
 
 
 def _expected(entry: Any) -> str:
-    """Return the check sum that the hub says: of large files the SHA-256, of others that of git."""
+    """Return the check sum of a file on the hub: the SHA-256 for large files, git's for others."""
     return entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
 
 
@@ -145,8 +145,8 @@ def _is_whole(path: Path, entry: Any) -> bool:
 
 
 def is_read(name: str) -> bool:
-    """Return whether a file of a repository is taken: mmdit reads such files, and its name leads
-    nowhere but into the folder."""
+    """Return whether a file of a repository is fetched: mmdit reads files of this type, and its
+    name cannot lead out of the folder."""
     path = PurePosixPath(name)
     odd = "\\" in name or ":" in name or name != shown(name) or path.is_absolute()
     hidden = any(part.startswith(".") for part in path.parts)
@@ -154,8 +154,8 @@ def is_read(name: str) -> bool:
 
 
 def recognise(path: Path) -> Exported | None:
-    """Return what a file or a folder is, as far as commands depend on it; None: nothing that is
-    used by itself, or that can be read."""
+    """Return what a file or a folder is, as far as commands depend on it; None if it is nothing
+    that can be used by itself, or cannot be read."""
     try:
         return _recognised(path)
     except (SafetensorError, ValueError, OSError, AttributeError, TypeError, RecursionError):
@@ -180,8 +180,8 @@ def _recognised(path: Path) -> Exported | None:
 
 
 def _transformer(path: Path, config: Path, form: str) -> Exported | None:
-    """Return what the folder `path` is by the config of its transformer; None: it is none of Wan's.
-    ValueError: it cannot be read."""
+    """Return what the folder `path` is, from the config of its transformer; None if that is not
+    Wan's. ValueError if it cannot be read."""
     row = read_json(config, "config of a network")
     if row.get("_class_name") not in ("WanModel", "WanTransformer3DModel"):
         return None
@@ -192,10 +192,11 @@ def _transformer(path: Path, config: Path, form: str) -> Exported | None:
 
 
 def uses_of(out: Path, others: Container[str] = ()) -> list[str]:
-    """Return commands that use what was fetched into a folder, where `others` lay."""
+    """Return commands that use what was fetched into a folder; `others` are files there that were
+    not fetched."""
     card, base = out / "README.md", ""
     if card.is_file():
-        with contextlib.suppress(ValueError):  # a card of others, which says nothing then
+        with contextlib.suppress(ValueError):  # somebody else's card, which is then ignored
             text = card.read_text(encoding="utf-8", errors="replace")
             base = front_matter(text).get("base_model", "")
     lines: list[str] = []
@@ -205,12 +206,12 @@ def uses_of(out: Path, others: Container[str] = ()) -> list[str]:
         if what is not None:
             lines += commands_for(what, base, "a prompt", str(path))
             if path == out:
-                break  # its files are parts of it
+                break  # the files belong to it
     return lines
 
 
 def pull(repository: str, out: Path | None, revision: str, replace: bool) -> Iterator[str]:
-    """Fetch a repository, and yield what to print meanwhile."""
+    """Fetch a repository, and yield lines to print meanwhile."""
     check_repository(repository)
     out = refuse_link(out or Path(repository.rpartition("/")[2]))
     check_writable(out, folder=True)

@@ -1,5 +1,5 @@
-"""Send an export to a repository of the Hugging Face hub, after a look at each file: what could run
-code, what is only of use here and what is nobody else's business is not sent."""
+"""Send an export to a repository of the Hugging Face hub, after checking each file: nothing is sent
+that could run code, is of use only here, or is private."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ PICKLED = (*PICKLES, ".ckpt", ".pkl", ".pickle", ".npy", ".joblib")
 OF_RUNS = ("optimizer.safetensors", "signs.safetensors", "checkpoint.json", "monitor.json")
 OF_RUNS += ("metrics.jsonl", "starts.jsonl")
 TEXTS = (".json", ".yaml", ".yml", ".md", ".txt", ".py")
-PIPELINE = "model_index.json"  # beside it code may lie, which its user chooses to run
+PIPELINE = "model_index.json"  # beside it there may be code, which users choose to run
 LARGEST_TEXT = 64 << 20
-LARGEST_HEAD = 1 << 18  # of a card, read by a parser that takes seconds for it
+LARGEST_HEAD = 1 << 18  # of a card's head: the parser takes seconds for it
 TEXT = "tag:yaml.org,2002:str"
-SHOWN = 12  # problems in one message
+SHOWN = 12  # problems that one message lists, at most
 
 
 @dataclass
 class Push:
-    """The files of an export, by the names that they get in the repository. ValueError: nothing to
-    send, no card, or something that is not sent."""
+    """The files of an export, by the names that they get in the repository. ValueError if there is
+    nothing to send, no card, or a file that must not be sent."""
 
     target: Path
     files: dict[str, Path] = field(default_factory=dict, init=False)
@@ -57,7 +57,7 @@ class Push:
         self.license = self._read_license()
 
     def _look_at_files(self) -> None:
-        """Raise ValueError for files that are not sent."""
+        """Raise ValueError if there are files that must not be sent."""
         known, pipeline = secrets(), PIPELINE in self.files
         problems = [
             f"{name}: {problem}"
@@ -70,8 +70,8 @@ class Push:
             raise ValueError(f"nothing is sent, for there is in {self.target}\n  {listed}")
 
     def _take_file(self) -> None:
-        """Take a file, its card, and the pictures that the card shows: others with such names are
-        of an earlier export, perhaps of another model."""
+        """Collect a file, its card, and the pictures that the card shows. Other pictures with such
+        names belong to an earlier export, perhaps of another model."""
         self.files[self.target.name] = self.target
         card, text = card_path(self.target), ""
         if card.is_file():
@@ -85,7 +85,7 @@ class Push:
             refuse_link(path)
 
     def _take_folder(self) -> None:
-        """Take all files of a folder, but for hidden ones."""
+        """Collect all files of a folder, except hidden ones."""
         for path in sorted(self.target.rglob("*")):
             name = path.relative_to(self.target).as_posix()
             if any(part.startswith(".") for part in Path(name).parts):
@@ -96,7 +96,8 @@ class Push:
                 self.files[name] = path
 
     def _read_license(self) -> str:
-        """Return the licence that the card states, or that it states none."""
+        """Return the licence that the card states, or "not stated" if it says so. ValueError if it
+        says neither."""
         text = self.files["README.md"].read_text(encoding="utf-8")
         front = front_matter(text)
         if "license" in front:
@@ -109,7 +110,7 @@ class Push:
         )
 
     def lines(self) -> Iterator[str]:
-        """Yield what is sent, for a person."""
+        """Yield lines on what is sent."""
         for name, path in self.files.items():
             origin = "" if path.name == Path(name).name else f"  (from {path.name})"
             yield f"  {size_in_words(path.stat().st_size):>10}  {name}{origin}"
@@ -120,9 +121,9 @@ class Push:
             yield f"  {code[0]} is code, which runs where somebody chooses to trust it"
 
     def send(self, repository: str, public: bool, message: str) -> str:
-        """Send all files as one commit, and return its address. The repository is made where there
-        is none. ValueError: others may see it and should not, or the other way round; or the hub
-        refuses."""
+        """Send all files as one commit, and return its address. The repository is created if it
+        does not exist. ValueError if it is public but `public` is false, or the reverse, or if the
+        hub refuses."""
         check_repository(repository)
         hub = open_hub()
         from huggingface_hub import CommitOperationAdd
@@ -144,8 +145,8 @@ class Push:
 
 
 def front_matter(text: str) -> dict[str, str]:
-    """Return the texts that the head of a card states, by their keys; numbers, lists and the like
-    are left out, and nothing is made of them: they may be any. ValueError: it cannot be read."""
+    """Return the texts in the head of a card by their keys. Numbers, lists and the like are left
+    out, and never constructed, as they could be anything. ValueError if the head cannot be read."""
     if not text.startswith("---\n") or "\n---\n" not in text[3:]:
         return {}
     head = text[4 : text.index("\n---\n", 3) + 1]
@@ -164,8 +165,8 @@ def front_matter(text: str) -> dict[str, str]:
 
 
 def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list[str]:
-    """Return why a file is not sent; nothing if it may be. `known`: secrets to look for;
-    `pipeline`: it lies in a folder of Diffusers, where code may be."""
+    """Return the reasons why a file must not be sent; empty if there are none. `known`: secrets to
+    search for; `pipeline`: it lies in a folder of Diffusers, which may hold code."""
     suffix = path.suffix.lower()
     if suffix in PICKLED:
         return ["is a pickle, which may run code where it is loaded; export it as safetensors"]
@@ -180,7 +181,7 @@ def problems_of(name: str, path: Path, known: list[str], pipeline: bool) -> list
     if suffix in TEXTS or path.name == "LICENSE":
         try:
             return private_parts(_text_of(path), known)
-        except UnicodeDecodeError as error:  # in which nothing would be found
+        except UnicodeDecodeError as error:  # nothing could be found in it
             return [f"is no text in UTF-8 (byte {error.start}); write it anew"]
     try:
         return private_parts("\n".join(words_in(path)), known)
@@ -225,7 +226,7 @@ def _text_of(path: Path) -> str:
 def push(
     target: Path, repository: str, public: bool, message: str, dry_run: bool = False
 ) -> Iterator[str]:
-    """Look at an export, show what is sent, send it; yield what to print meanwhile."""
+    """Check an export, show what is sent, and send it; yield lines to print meanwhile."""
     check_repository(repository)
     sent = Push(target)
     where = "public" if public else "private"

@@ -1,5 +1,5 @@
-"""The whole path on any machine, in minutes: a shipped model draws, then data → cache → training →
-samples → score from nothing."""
+"""Show the whole path on any machine, in minutes: a shipped model draws; then data → cache →
+training → samples → score, from nothing."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ PROBE_STEPS = 12
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything; a GPU gets the full measure, two CPU cores what fits into minutes."""
+    """How much of everything to do: a GPU gets the full amount, two CPU cores what they can do in
+    minutes."""
 
     images: int  # generated training pictures
-    train_seconds: float  # time for training; steps are chosen from the measured speed
+    train_seconds: float  # time for training; the number of steps follows from the measured speed
     max_steps: int
     batch_size: int
     count: int  # prompts of each list that are scored, pictures
@@ -86,7 +87,7 @@ class Plan:
 
 
 class Stages:
-    """Says what happens before it happens, with the time so far."""
+    """Prints each stage before it begins, with the time so far."""
 
     def __init__(self, total: int):
         self.total, self.done, self.begin = total, 0, time.perf_counter()
@@ -127,7 +128,8 @@ def draw_sheet(pipeline: Pipeline, config: ExperimentConfig, path: Path) -> None
 
 
 def score(pipeline: Pipeline, config: ExperimentConfig, frames: int, count: int) -> dict:
-    """Prompt accuracy of `count` seen and `count` held-out prompts, with a progress bar."""
+    """Return the prompt accuracy of `count` seen and `count` held-out prompts; a progress bar is
+    shown."""
     settings, video = SampleSettings.of(config.train), config.video
     with tqdm(
         total=2 * count, desc="drawing and scoring", unit="clip" if frames > 1 else "image"
@@ -157,7 +159,7 @@ def score(pipeline: Pipeline, config: ExperimentConfig, frames: int, count: int)
 
 
 def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
-    """Pictures and clips from the shipped model, then its score."""
+    """Draw pictures and clips with the shipped model, and return its score."""
     say(
         "Drawing 24 pictures and 4 clips from prompts with the small shipped model (trained by this"
         " code, see README)."
@@ -169,7 +171,7 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
     clips = pipeline(captions, video.width, video.height, video.num_frames, settings)
     save_image(contact_sheet(clips, captions, 1), out / "samples" / "video_frames.png")
     clip = grid_video(clips, 2)
-    clip = clip.repeat_interleave(3, dim=-1).repeat_interleave(3, dim=-2)  # to be seen at all
+    clip = clip.repeat_interleave(3, dim=-1).repeat_interleave(3, dim=-2)  # enlarged, to be visible
     path = save_video(clip, out / "video.mp4", video.sample_fps)
     print(f"clips: {path}", flush=True)
     say(
@@ -187,8 +189,8 @@ def draw_shipped(out: Path, device: str, plan: Plan, say: Stages) -> dict:
 
 
 def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds: float) -> int:
-    """Training steps that fit into `seconds`, from the speed of a few real ones (the later half:
-    the first are slow)."""
+    """Return how many training steps fit into `seconds`, from the speed of a few real ones (of
+    their later half: the first are slow)."""
     steps = PROBE_STEPS * (4 if choose_device(device).type == "cuda" else 1)
     settings = replace(
         config.train,
@@ -209,15 +211,16 @@ def affordable_steps(config: ExperimentConfig, cache: Path, device: str, seconds
 
 
 def configured(out: Path, plan: Plan) -> tuple[ExperimentConfig, Recipe]:
-    """Return the config of the model from nothing, and what its pictures are."""
+    """Return the config of the model that is trained from nothing, and the recipe of its
+    pictures."""
     words = [f"output_dir={out.parent}", f"train.batch_size={plan.batch_size}"]
     config = load_experiment_config(CONFIG, [*words, *plan.overrides, *SETTINGS])
     return config, Recipe(config.video.width, config.video.height, complete_captions=True)
 
 
 def check_data(config: ExperimentConfig, recipe: Recipe) -> None:
-    """Raise ValueError, before minutes of drawing, where the folder of the data holds those of
-    another version."""
+    """Raise ValueError, before minutes of drawing, if the data folder holds pictures of another
+    version."""
     try:
         claim(DATA, recipe)
         latents = DATA / "latents"
@@ -236,7 +239,7 @@ def check_data(config: ExperimentConfig, recipe: Recipe) -> None:
 def from_scratch(
     config: ExperimentConfig, recipe: Recipe, out: Path, device: str, plan: Plan, say: Stages
 ) -> dict:
-    """Data, latents, training, samples and score of a model that did not exist before."""
+    """Make data and latents, train a model from nothing, draw samples, and return its score."""
     video = config.video
     say(f"Generating {plan.images} captioned pictures of moving shapes at {video.width} px.")
     metadata = prepare_samples(DATA, recipe, plan.images)
@@ -287,7 +290,7 @@ def from_scratch(
 
 
 def run(device: str = "auto") -> dict:
-    """Everything; returns what report.json holds."""
+    """Run all of it; return the content of report.json."""
     where = choose_device(device)
     plan, say = Plan.for_device(where), Stages(total=7)
     threads = (

@@ -1,15 +1,15 @@
-"""Run the stages of a recipe, seed by seed, and keep what each command took and reached.
+"""Run the stages of a recipe, seed by seed, and record the time and the result of each command.
 
-    OUT/cache/<stage>/        latents, shared by the seeds; <stage>.json says how they were made
-    OUT/tokenizers/<stage>/   likewise, of stages that pre-train one
-    OUT/seed_<k>/<stage>/     runs; OUT/seed_<k>/<stage>-<score>.json the reports of evaluate
-    OUT/seed_<k>.json         the record: what is done, written after every command
-    OUT/results.json          all seeds pooled
+OUT/cache/<stage>/        latents, shared by the seeds; <stage>.json says how they were made
+OUT/tokenizers/<stage>/   likewise, of stages that pre-train one
+OUT/seed_<k>/<stage>/     runs; OUT/seed_<k>/<stage>-<score>.json the reports of evaluate
+OUT/seed_<k>.json         the record: what is done, written after every command
+OUT/results.json          all seeds pooled
 
-Every command is a process of its own, so that none keeps memory for the next, unless the chain is
-given another way to run them.
+Every command runs in a process of its own, so that its memory is freed, unless the chain is given
+another way to run commands.
 
-What the record calls done is not run again; a training that was stopped goes on from its
+What the record calls done is not run again; a training that was stopped continues from its
 checkpoint. Several processes may work on one folder: each stage of a seed has a lock.
 """
 
@@ -52,13 +52,13 @@ from mmdit.training.errors import RunError
 
 
 def run_command(words: list[str], module: str = "mmdit") -> None:
-    """Run `mmdit WORDS`, or another `module` in place of mmdit, and wait. RunError: it failed. A
-    signal that asks this process to stop is passed on, and the command ends as it does alone: a
-    training saves first."""
+    """Run `mmdit WORDS`, or another `module` in place of mmdit, and wait. RunError if it failed. A
+    signal that asks this process to stop is passed on, so that the command ends as it would alone:
+    a training saves first."""
     process = subprocess.Popen([sys.executable, "-m", module, *words])
 
     def stop(signum, frame):
-        if signum != signal.SIGINT:  # the terminal has sent that one to the command, too
+        if signum != signal.SIGINT:  # the terminal has sent SIGINT to the command, too
             process.send_signal(signum)
         raise KeyboardInterrupt
 
@@ -74,7 +74,8 @@ def run_command(words: list[str], module: str = "mmdit") -> None:
 
 @contextmanager
 def held(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock file. Where another process holds it: wait, or ValueError."""
+    """Hold a lock file while the block runs. If another process holds it, wait for that; ValueError
+    if `wait` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
     refusal = f"another process works on {path.with_suffix('')}: wait for it, or choose --out"
     said = False
@@ -94,7 +95,8 @@ def held(path: Path, wait: bool) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict | None:
-    """Return the content of a JSON file, None where there is none. ValueError: it is damaged."""
+    """Return the content of a JSON file, or None if there is no file. ValueError if it is
+    damaged."""
     if not path.is_file():
         return None
     try:
@@ -107,12 +109,15 @@ def read_json(path: Path) -> dict | None:
 
 @dataclass
 class Chain:
-    """The stages of one seed. `share`: go past those that another process works on, and past those
-    that fail (`failures` says which); without, wait for that process, and end where one fails.
-    `execute`: runs the words of one command; `in_process`: it does so in this process, and the
-    seconds of commands are those of their work alone. `discard`: remove the checkpoints of a stage
-    once it is scored, unless a stage starts from it. `untimed`: others use the device meanwhile,
-    and the seconds of stages that are worked on count for nothing."""
+    """Runs the stages of one seed.
+
+    `share`: skip stages on which another process works, and go on after stages that fail
+    (`failures` names these); otherwise wait for the other process, and end if a stage fails.
+    `execute`: runs the words of one command; `in_process`: it does so in this process, so that the
+    seconds of commands exclude their start. `discard`: remove the checkpoints of a stage once it is
+    scored, unless a stage starts from it. `untimed`: other work uses the device meanwhile, so that
+    the seconds of stages run now do not count.
+    """
 
     recipe: Recipe
     seed: int
@@ -139,8 +144,8 @@ class Chain:
         return self.out / f"seed_{self.seed}"
 
     def run(self) -> dict:
-        """Run what is not done, and return the record. ValueError before anything is run: a stage
-        has a config that cannot be. RunError: a stage fails."""
+        """Run what is not done, and return the record. ValueError, before anything is run, if the
+        config of a stage is invalid. RunError if a stage fails."""
         for stage in self.recipe.stages:
             if stage.config:
                 self._config(stage, self._overrides(stage))
@@ -155,8 +160,8 @@ class Chain:
         return self.record
 
     def _visit(self, stage: Stage, wait: bool) -> None:
-        """Run what is not done of a stage. Where another process works on it: wait for that one,
-        and do what it left undone, or go past the stage."""
+        """Run what is not done of a stage. If another process works on it, wait for that one and
+        then do what it left undone, or without `wait` skip the stage."""
         if stage.init_from:
             self._have_weights(self.recipe.stage(stage.init_from))
         number = self.recipe.stages.index(stage) + 1
@@ -184,8 +189,9 @@ class Chain:
         return "failed" in self.record["stages"].get(stage.name, {})
 
     def _have_weights(self, stage: Stage) -> None:
-        """Return when a stage is trained to its end. A process that was stopped or failed leaves
-        the checkpoint of some step, from which nothing may start: then this one goes on with it."""
+        """Return once a stage is completely trained. A process that was stopped or failed leaves a
+        checkpoint of some step, from which nothing may start; this one then continues its
+        training."""
         self.record = self._read()
         row = self.record["stages"].get(stage.name, {})
         if "training" not in row or not self._has_weights(stage):
@@ -201,8 +207,8 @@ class Chain:
         return read_json(self.path) or new
 
     def _check(self, stage: Stage) -> None:
-        """Refuse what was done by another recipe or config, and note by which code a stage is
-        done."""
+        """Raise ValueError if a stage was done with another recipe or config, and record the code
+        with which it will be done."""
         made_by = stage_hash(self.recipe, stage)
         row = self.record["stages"].setdefault(
             stage.name, {"made_by": made_by, "seconds": {}, "attempts": 0, "scores": {}}
@@ -230,8 +236,8 @@ class Chain:
         )
 
     def _misses_weights(self, stage: Stage) -> bool:
-        """Return whether weights that are still to be scored or started from are gone, as where
-        the record was brought from another machine without them."""
+        """Return whether weights are gone that are still to be scored or started from, as when the
+        record was brought from another machine without them."""
         if stage.checkpoint or self._has_weights(stage):
             return False
         rows = self.record["stages"]
@@ -287,7 +293,7 @@ class Chain:
         self._discard(stage)
 
     def _discard(self, stage: Stage) -> None:
-        """Remove the checkpoints of a stage that is scored, if they are no longer wanted."""
+        """Remove the checkpoints of a stage that is scored, if they are no longer needed."""
         starts = [other.init_from for other in self.recipe.stages]
         if not self.discard or not stage.config or not stage.scores or stage.name in starts:
             return
@@ -298,8 +304,8 @@ class Chain:
         return stage.checkpoint or str(self.folder / stage.name)
 
     def _cache(self, stage: Stage, place: str) -> dict:
-        """Make the caches unless they are there; return the seconds of the stage's own, which
-        count for it, whichever seed made it."""
+        """Make the caches of a stage unless they exist; return the seconds of its own cache and
+        tokenizer, which count for every seed, whichever seed made them."""
         makers = self.recipe.cached_by(stage)
         tokenizers = [self._tokenizer_by(maker, place) for maker in makers if maker.tokenizer]
         seconds = [self._cache_by(maker, place) for maker in makers]
@@ -307,13 +313,13 @@ class Chain:
         return spent | ({"tokenizer": tokenizers[0]} if stage.tokenizer else {})
 
     def _tokenizer_by(self, maker: Stage, place: str) -> float:
-        """Pre-train the tokenizer of a cache unless it is there; return the seconds."""
+        """Pre-train the tokenizer of a cache unless it exists; return the seconds that it took."""
         folder = self.out / "tokenizers" / maker.name
         words = [*shlex.split(maker.tokenizer), "--device", self.device, f"output_dir={folder}"]
         return self._shared(folder, tokenizer_identity(maker), words, f"{place} the tokenizer")
 
     def _cache_by(self, maker: Stage, place: str) -> float:
-        """Make a cache unless it is there; return the seconds."""
+        """Make a cache unless it exists; return the seconds that it took."""
         folder = self._cache_folder(maker)
         words = [*shlex.split(maker.cache), "--config", maker.config]
         words += ["--out_dir", str(folder), "--device", self.device]
@@ -322,8 +328,8 @@ class Chain:
         return self._shared(folder, cache_identity(maker), words, f"{place} caching")
 
     def _shared(self, folder: Path, identity: list, words: list[str], title: str) -> float:
-        """Run the command that makes a folder that the seeds share, unless it was run; return its
-        seconds. `identity`: all that the folder depends on."""
+        """Run the command that makes a folder that all seeds share, unless this is done; return the
+        seconds that it took. `identity`: everything on which the folder depends."""
         facts_path = folder.with_name(f"{folder.name}.json")
         made_by = short_hash(identity)
         with held(folder.with_name(f"{folder.name}.lock"), wait=True):
@@ -334,16 +340,16 @@ class Chain:
                     f" remove {folder} and {facts_path}"
                 )
             if facts and not folder.exists():
-                facts = None  # brought from another machine
+                facts = None  # the record was brought from another machine
             if not facts or not facts.get("done", True):
-                # a pre-training that was stopped goes on, as a caching does by itself
+                # a pre-training that was stopped continues; caching does so by itself
                 resume = ["--resume"] if checkpoint.latest(folder) else []
                 facts = {"made_by": made_by, "done": False, **(facts or {"seconds": 0.0})}
                 begin = time.perf_counter()
                 try:
                     self._timed([*words, *resume], title)
                     facts["done"] = True
-                finally:  # those of an attempt that was stopped count, too
+                finally:  # the time of an interrupted attempt counts, too
                     spent = facts["seconds"] + time.perf_counter() - begin
                     facts["seconds"] = round(spent, 2)
                     if folder.exists():
@@ -410,7 +416,7 @@ class Chain:
         self._write(stage)
 
     def _timed(self, words: list[str], title: str) -> float:
-        """Run a command; return its seconds."""
+        """Run a command; return the seconds that it took."""
         print(f"\n{title}: mmdit {shlex.join(words)}", flush=True)
         begin = time.perf_counter()
         assert self.execute is not None, "made with the chain"
@@ -418,7 +424,8 @@ class Chain:
         return round(time.perf_counter() - begin, 2)
 
     def _write(self, stage: Stage) -> None:
-        """Put what is known of a stage into the record, to which others may have added theirs."""
+        """Write what is known about a stage into the record, to which other processes may have
+        added their stages."""
         with held(self.out / f"seed_{self.seed}.lock", wait=True):
             mine, self.record = self.record, self._read()
             self.record["stages"][stage.name] = mine["stages"][stage.name]
@@ -429,15 +436,15 @@ class Chain:
 
 
 def tell_failures(chains: Iterable[Chain]) -> None:
-    """Raise RunError with the stages that failed, if some did."""
+    """Raise RunError that names the stages that failed, if there are any."""
     failures = [line for chain in chains for line in chain.failures]
     if failures:
         raise RunError(f"these stages failed, see above: {', '.join(failures)}")
 
 
 def finished_results(name: str, recipe: Recipe, records: list[dict]) -> dict:
-    """Return the content of a results file. A record that was made where there is no git gets the
-    commit of this clone, if the code is the same to the byte."""
+    """Return the content of a results file. A record that was made without git gets the commit of
+    this clone, if the code is identical."""
     now = {"code": code_hash(), "commit": commit()}
     for record in records:
         for version in record["versions"]:

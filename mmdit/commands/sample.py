@@ -1,4 +1,4 @@
-"""Drawing with a loaded model, batch by batch, perhaps again at a larger size by a second one:
+"""Draw with a loaded model, batch by batch, and perhaps redraw at a larger size with a second one:
 see `mmdit.scripts.sample`."""
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from mmdit.training.pipeline import Pipeline, SampleSettings
 from mmdit.training.requests import Request, read_request
 from mmdit.training.samples import SampleFolder, check_writable, weights_digest
 
-# noise levels at which refining is given the small samples, where --strength is left out
+# default of --strength: for a second model without, and for one with an input for the small samples
 REDRAWN, TOLD = 0.5, 0.1
-# seconds that a batch takes before its sampling steps are shown, too
+# seconds after which a batch also shows its sampling steps
 PATIENCE = 5
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that do not go together, before anything is loaded."""
+    """Raise ValueError for options that contradict each other, before anything is loaded."""
     if not args.checkpoint:
         raise ValueError("no model: give --checkpoint, a run, a checkpoint, an export or a release")
     if args.interactive and (args.prompts or args.prompts_file):
@@ -76,14 +76,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def refines_averaged(args: argparse.Namespace) -> bool:
-    """Return whether the second model draws with its averaged weights: an export and a release have
-    no others."""
+    """Return whether the second model draws with its averaged weights: exports and releases have no
+    others."""
     return not args.raw_weights or find(args.refine).is_file() or bool(variant_of(args.refine))
 
 
 @contextmanager
 def all_processes(args: argparse.Namespace) -> Iterator[World]:
-    """Join the processes of torchrun, which then share each clip; without it, this one is alone."""
+    """Join the processes of torchrun, which then draw each clip together; without torchrun, this
+    process draws alone."""
     _, size = place_in_job()
     if size == 1:
         yield World()
@@ -99,8 +100,8 @@ def all_processes(args: argparse.Namespace) -> Iterator[World]:
 
 @contextmanager
 def alone_in(folder: Path, world: World) -> Iterator[None]:
-    """Hold the folder of samples until the block ends. Every process must call. ValueError: another
-    command is drawing into it, whose samples.json would be lost, or this one's."""
+    """Hold the folder of samples until the block ends. Every process must call this. ValueError if
+    another command is drawing into the folder: one of the two would lose its samples.json."""
     refusal = (
         f"another process is drawing into {folder}: wait until it has ended, or choose another"
         " --out"
@@ -111,15 +112,15 @@ def alone_in(folder: Path, world: World) -> Iterator[None]:
 
 
 def command_line(words: list[str], request: Request | None = None, first: int = 0) -> str:
-    """Return the command as it can be typed again, without `--out` and `--replace`: a sample is the
-    same file wherever it is written. Of a `request` that came from the keyboard or from a file,
-    return the command that draws it alone, as the sample with the number `first`."""
+    """Return the command in a form that can be typed again, without `--out` and `--replace`: a
+    sample is the same file wherever it is written. For a `request` that came from the keyboard or
+    from a file, return the command that draws it alone, as the sample with the number `first`."""
     kept = without(words, {"--out": 1, "--replace": 0})
     if request is not None:
         flags = {name: f"{value}" for name, value in request.overrides.items()}
         replaced = {"--interactive": 0, "--prompts": None, "--prompts_file": 1, "--first": 1}
         replaced |= {f"--{name}": 1 for name in flags}
-        if request.guidance is not None:  # of both experts
+        if request.guidance is not None:  # it holds for both experts
             replaced["--guidance_low"] = 1
         kept = without(kept, replaced)
         if first:
@@ -131,8 +132,8 @@ def command_line(words: list[str], request: Request | None = None, first: int = 
 
 @contextmanager
 def shown_steps(settings: SampleSettings, world: World) -> Iterator[Callback]:
-    """Give a callback that shows the sampling steps of a batch as they are done, where it takes
-    long: a clip of many frames is minutes of a CPU."""
+    """Yield a callback that shows the finished sampling steps of a batch, if the batch takes long:
+    a clip of many frames takes minutes on a CPU."""
     hidden, steps = not world.is_main, settings.sampler.steps
     with tqdm(
         total=steps, desc="a batch", unit="step", leave=False, delay=PATIENCE, disable=hidden
@@ -145,8 +146,8 @@ def shown_steps(settings: SampleSettings, world: World) -> Iterator[Callback]:
 
 
 def without(words: list[str], options: Mapping[str, int | None]) -> list[str]:
-    """Return the words of a command without `options`, which have so many values; None: all words
-    up to the next option."""
+    """Return the words of a command without `options`, each given with its number of values; None:
+    all words up to the next option."""
     kept, left = [], list(words)
     while left:
         word = left.pop(0)
@@ -167,8 +168,7 @@ def without(words: list[str], options: Mapping[str, int | None]) -> list[str]:
 def lay_over(
     pipeline: Pipeline, lora: str | None, lora_low: str | None, strength: float = 1.0
 ) -> None:
-    """Merge LoRA files into the network, or into the experts of a pair; see `merge` for
-    `strength`."""
+    """Merge LoRA files into the network, or into the experts of a pair. `strength`: see `merge`."""
     experts = experts_of(pipeline)
     if lora_low and not experts:
         raise ValueError("--lora_low is given, but this model is no pair of experts")
@@ -178,7 +178,7 @@ def lay_over(
         return
     files = {"high": lora, "low": lora_low}
     named = experts_in(experts["high"], lora) if lora and not lora_low else set()
-    if named:  # the file says itself which of the two its halves are for
+    if named:  # the file says for which expert each of its parts is
         files = dict.fromkeys(named, lora)
     for name, other in (("high", "lora_low"), ("low", "lora")):
         file = files.get(name)
@@ -191,7 +191,7 @@ def lay_over(
 
 
 def opened(path: str) -> Image.Image:
-    """Return a picture of the command line. ValueError names a file that cannot be used."""
+    """Return a picture that the command line names. ValueError names a file that cannot be used."""
     try:
         return load_image(path)
     except (ValueError, OSError) as error:
@@ -200,8 +200,8 @@ def opened(path: str) -> Image.Image:
 
 
 def first_frames(paths: list[str], size: tuple[int, int]) -> Tensor | None:
-    """Return the given pictures cut to `size`, `(n, 3, height, width)`, and say what is lost of
-    them; None without any."""
+    """Return the given pictures cropped to `size`, `(n, 3, height, width)`, and print how much of
+    each is cut off; None if there are none."""
     for path in paths:
         source = opened(path).size
         left, top, right, bottom = crop_box(source, size, PreprocessConfig(), "")
@@ -217,8 +217,8 @@ def first_frames(paths: list[str], size: tuple[int, int]) -> Tensor | None:
 def size_for(
     pipeline: Pipeline, picture: str, size: tuple[int, int], given: tuple[int | None, int | None]
 ) -> tuple[int, int]:
-    """Return the size of clips that begin with `picture`: its aspect at the area of `size`, unless
-    a side is `given`."""
+    """Return the size of clips that begin with `picture`: its aspect ratio with the area of `size`;
+    sides that are `given` stay."""
     model = pipeline.model
     if None not in given or (model.picture == "none" and not model.takes_first_frame):
         return size
@@ -229,11 +229,14 @@ def size_for(
 
 @dataclass
 class Drawing:
-    """`size`: width, height and frames. `strength`: the noise level at which refining is given
-    the small samples; None is the model's own. `words`: of the command, which files say they were
-    drawn by; `alone`: each file names the command that draws it alone. `world`: the processes that
-    draw each sample together, of which the main one writes. ValueError: the size or the settings
-    cannot be drawn with."""
+    """Draws the samples of a command.
+
+    `size`: width, height and frames. `strength`: the noise level at which refining is given the
+    small samples; None takes the default for the model. `words`: those of the command, which files
+    record; `alone`: each file records the command that draws it alone. `world`: the processes that
+    draw each sample together, of which the main one writes. ValueError if the size or the settings
+    cannot be used.
+    """
 
     pipeline: Pipeline
     size: tuple[int, int, int]
@@ -254,9 +257,9 @@ class Drawing:
     def refine_with(
         self, refiner: Pipeline, config: ExperimentConfig, negative: str | None = None
     ) -> None:
-        """Draw the samples again with a second model, at the size of its config and with its
-        settings, but for the seed and the `negative` prompt of the command. ValueError: not with
-        this `strength`, or not of samples of this size."""
+        """Redraw the samples with a second model, at the size and with the settings of its config,
+        but with the seed and the `negative` prompt of the command. ValueError if it cannot redraw
+        at this `strength`, or samples of this size."""
         self.written_size = (config.video.width, config.video.height, self.size[2])
         settings = replace(SampleSettings.of(config.train), seed=self.settings.seed)
         if negative is not None:
@@ -280,7 +283,7 @@ class Drawing:
             )
 
     def story(self) -> dict:
-        """Return what decides the samples, besides prompts and numbers."""
+        """Return everything that determines the samples, besides prompts and numbers."""
         networks, more = self.pipeline.networks(), {}
         if self.refiner:
             again = self.refiner.networks()
@@ -299,13 +302,14 @@ class Drawing:
         }
 
     def settings_of(self, requests: Mapping[int, Request]) -> list[SampleSettings]:
-        """Return the settings that requests are drawn with, and those of drawing them again."""
+        """Return the settings with which requests are drawn, followed by those with which they are
+        redrawn, if they are."""
         drawn = [request.settings(self.settings) for request in requests.values()]
         return [*drawn, self.redrawn] if drawn and self.redrawn else drawn
 
     def check(self, requests: Mapping[int, Request]) -> None:
-        """Raise ValueError for requests of sizes or settings that cannot be drawn, before anything
-        is."""
+        """Raise ValueError for requests whose size or settings cannot be drawn, before any is
+        drawn."""
         for number, request in requests.items():
             fixed = "--image" if self.image is not None else "--refine" if self.refiner else None
             if fixed and (request.width or request.height):
@@ -330,8 +334,8 @@ class Drawing:
                 raise ValueError(f"prompt {number} ({request.overrides}): {error}") from None
 
     def facts(self, number: int, request: Request, story: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the file of a sample says of itself: what was asked for, and all that
-        decides it. `number` and `seed` key its noise."""
+        """Return the metadata of a sample's file: what was asked for, and everything that
+        determines it. Its `number` and `seed` key the noise."""
         seeded = request.seed is not None
         settings = asdict(request.settings(self.settings))
         settings["seed"] = request.seed if seeded else settings["seed"]
@@ -355,7 +359,7 @@ class Drawing:
     def open_folder(
         self, args: argparse.Namespace, story: dict, requests: dict[int, Request], fps: int
     ) -> SampleFolder:
-        """Return the folder of the samples, and say what is kept of it and what is replaced."""
+        """Return the folder of the samples, and print what is kept in it and what is replaced."""
         size, path = self.written_size, Path(args.out)
         folder = self.world.share(
             lambda: SampleFolder(path, story, requests, size, fps, args.columns, args.replace)
@@ -365,7 +369,7 @@ class Drawing:
         return folder
 
     def fill(self, folder: SampleFolder, batch_size: int) -> None:
-        """Draw what `folder` lacks, and write each batch as it comes."""
+        """Draw the samples that `folder` lacks, and write each batch when it is done."""
         left = list(folder.missing(batch_size))
         total, hidden = sum(len(numbers) for numbers in left), not self.world.is_main
         with tqdm(total=total, desc="sampling", unit="sample", disable=hidden) as bar:
@@ -374,14 +378,14 @@ class Drawing:
                     bar.update(done)
 
     def finish(self, folder: SampleFolder) -> None:
-        """Write grid.png of what `folder` holds, and say so."""
+        """Write grid.png with the samples in `folder`, and print that."""
         if self.world.is_main and folder.files:
             count, sheet = len(folder.finish()), folder.folder / "grid.png"
             print(f"wrote {count} samples and {sheet}{folder.grid_note}")
 
     def draw(self, folder: SampleFolder, numbers: list[int]) -> Iterator[int]:
-        """Draw and write requests of one batch key together; yield how many are written, each
-        time that some are."""
+        """Draw and write requests that can share a batch; yield the number of samples each time
+        that some are written."""
         requests = [folder.requests[number] for number in numbers]
         facts = [self.facts(*pair, folder.story) for pair in zip(numbers, requests, strict=True)]
         prompts = [request.prompt for request in requests]
@@ -414,8 +418,8 @@ class Drawing:
             folder.add(numbers, pixels, facts)
 
     def _refined(self, clip: Tensor, request: Request, number: int) -> Tensor:
-        """Return the sample `clip (1, f, 3, h, w)` drawn again: one at a time, for at 720p a clip
-        of 80 frames takes 0.9 GB."""
+        """Return the sample `clip (1, f, 3, h, w)` redrawn. Samples are redrawn one at a time: at
+        720p, a clip of 80 frames takes 0.9 GB."""
         assert self.refiner is not None and self.redrawn is not None, "refine_with was called"
         assert self.strength is not None
         width, height, _ = self.written_size
@@ -427,9 +431,9 @@ class Drawing:
             return self.refiner.refine(clip, [request.prompt], *how, callback)
 
     def converse(self, folder: SampleFolder, lines: Iterable[str]) -> None:
-        """Draw a sample for each of `lines`, a prompt or a JSON object. The seed of a line without
-        one is that of the command and the sample's number added up. A line that cannot be drawn is
-        told and passed over."""
+        """Draw a sample for each of `lines`, which are prompts or JSON objects. Without a seed in
+        the line, the seed is that of the command plus the sample's number. A line that cannot be
+        drawn is reported and skipped."""
         for line in lines:
             if not line.strip():
                 continue
@@ -451,8 +455,8 @@ class Drawing:
 def with_published_shift(
     settings: SampleSettings, args: argparse.Namespace, width: int, height: int
 ) -> SampleSettings:
-    """Return `settings` with the time shift of a release that has another one at each size, unless
-    the words of the command set one."""
+    """Return `settings` with the time shift of a release whose shift depends on the size, unless
+    the command sets a shift."""
     shift = published_shift(args.checkpoint, width, height)
     chosen = args.shift is not None or any("sample_shift" in word for word in args.overrides)
     if chosen or not shift:
@@ -461,7 +465,7 @@ def with_published_shift(
 
 
 def whole_story(args: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
-    """Return what decides the samples of a command, besides prompts and numbers."""
+    """Return everything that determines the samples of a command, besides prompts and numbers."""
     story = {"checkpoint": args.checkpoint}
     for name in ("image", "lora", "lora_low", "lora_strength", "refine"):
         if getattr(args, name) not in (None, ""):

@@ -1,4 +1,4 @@
-"""The memory that a config's training step will take, and which of the options that save memory
+"""Plan the memory that the training step of a config takes, and find which memory-saving options
 make it fit."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mmdit.training.learner import Learner
 from mmdit.training.train_config import TrainConfig
 from mmdit.weights import Checkpoint, parameter_count
 
-# Of CLIP's ViT-H/14: the places of a picture, and the blocks that are run.
+# For CLIP's ViT-H/14: the tokens of a picture, and the blocks that are run.
 CLIP_STATES, CLIP_BLOCKS = 257, 31
 ONE_SAMPLE = "train.batch_size=1"
 
@@ -39,7 +39,7 @@ def released_sizes(
     config: WanModelConfig, expert: Literal["high", "low"] | None = None
 ) -> WanConfig:
     """Return the sizes of the release that `config` names, or of one of its experts, from the
-    headers of its files. ConfigError: it cannot be read."""
+    headers of its files. ConfigError if these cannot be read."""
     try:
         place = locate(config.name_or_path, expert or config.expert)
         sizes = stored_sizes(Checkpoint(place), place)
@@ -50,9 +50,9 @@ def released_sizes(
 
 
 def variant_sizes(config: ExperimentConfig, variant: str | None) -> WanConfig | None:
-    """Return the sizes of a public `variant`; None where there is none. 14B is what `config` makes
-    of it: with a picture (`tokenizer.picture`) an I2V model, of Wan 2.2 if an expert is named, and
-    FLF2V with two."""
+    """Return the sizes of a public `variant`; None if there is no such variant. For 14B they depend
+    on `config`: with a first picture (`tokenizer.picture`) it is an I2V model, of Wan 2.2 if an
+    expert is named or two are trained; with two pictures it is FLF2V."""
     picture = config.tokenizer.picture
     if variant == "14B" and picture == "first_last":
         return SIZES["FLF2V-14B"]
@@ -63,8 +63,8 @@ def variant_sizes(config: ExperimentConfig, variant: str | None) -> WanConfig | 
 
 
 def with_pictures(learner: Learner, sizes: WanConfig) -> Learner:
-    """Give the model of `learner` empty pictures, if it continues them, in place of those that
-    training has (`interop.wan_pictures`); in place."""
+    """Replace, in place, the pictures that a model continues by empty ones: training would make
+    these with `interop.wan_pictures`. Return `learner`."""
     further = sizes.in_dim - sizes.out_dim
     if not further:
         return learner
@@ -82,8 +82,8 @@ def with_pictures(learner: Learner, sizes: WanConfig) -> Learner:
 
 
 def clip_bytes(sizes: WanConfig) -> int:
-    """Return the bytes of the picture encoder that an I2V or FLF2V model of Wan 2.1 has beside it,
-    in half precision as on a GPU."""
+    """Return the size in bytes of the picture encoder of a Wan 2.1 I2V or FLF2V model, in half
+    precision as on a GPU; 0 for other models."""
     width = sizes.image_dim
     if not width:
         return 0
@@ -95,7 +95,8 @@ def clip_bytes(sizes: WanConfig) -> int:
 
 
 def latent_spec(config: ExperimentConfig, channels: int | None = None) -> LatentSpec:
-    """Return the latents of the tokenizer as its config says, or with other `channels`."""
+    """Return the spec of the tokenizer's latents from its config alone, or with other
+    `channels`."""
     tokenizer = config.tokenizer
     return LatentSpec(
         channels or tokenizer.latent_d, tokenizer.latent_f, temporal=tokenizer.temporal
@@ -103,8 +104,8 @@ def latent_spec(config: ExperimentConfig, channels: int | None = None) -> Latent
 
 
 def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple[int, ...]:
-    """Return `(b, f, r, c, d)` of the largest micro-batch as it is cached, its size being the
-    bucket with the most cells, or a tile."""
+    """Return the shape `(b, f, r, c, d)` of the largest micro-batch of cached latents: of the
+    bucket with the most cells, or of a tile."""
     spec = latent_spec(config, channels)
     sizes = target_sizes(config.video, config.bucketing, spec.spatial)
     grid = max((spec.grid(*size) for size in sizes), key=math.prod)
@@ -112,25 +113,25 @@ def latent_shape(config: ExperimentConfig, channels: int | None = None) -> tuple
         rows, columns = spec.grid(*config.video.tile)
         grid = min(rows, grid[0]), min(columns, grid[1])
     frames = spec.frames(config.video.num_frames)
-    cached = 1 if config.tokenizer.low_resolution is None else 2  # the small clip beside the clip
+    cached = 1 if config.tokenizer.low_resolution is None else 2  # the small clip is beside it
     return config.train.batch_size, frames, *grid, cached * spec.channels
 
 
 def plan_training(
     config: ExperimentConfig, sizes: WanConfig | None = None, words: int | None = None
 ) -> MemoryPlan:
-    """Return the plan of training as `config` says, in one process. `sizes`: of the Wan transformer
-    (None: of its release); `words`: of each caption (None: as many as are read). Frozen encoders
-    count with what their files hold, or nothing where embeddings are cached. ConfigError: files
-    that are needed cannot be read, or the encoder is a foreign one that is trained.
-    """
+    """Return the plan for training as `config` says, in one process. `sizes`: those of the Wan
+    transformer (None: of its release); `words`: the length of each caption (None: as long as can be
+    read). A frozen encoder counts with the size of its files, or with nothing if embeddings are
+    cached. ConfigError if files that are needed cannot be read, or an encoder of other programs is
+    to be trained."""
     pair, beside = config.experts.enabled, 0
     if pair:
         config = _one_expert(config)
     if config.model.released:
         sizes = sizes or released_sizes(config.model)
         beside += clip_bytes(sizes)
-        if config.model.boundary is None:  # of no account here
+        if config.model.boundary is None:  # any value: it changes no size
             config = replace(config, model=replace(config.model, boundary=0.875))
     if config.text_encoder.released:
         if not config.text_encoder.cache_dir:
@@ -153,7 +154,7 @@ def plan_training(
 
 
 def _one_expert(config: ExperimentConfig) -> ExperimentConfig:
-    """Return the config of one network of a pair: one of them computes at a time."""
+    """Return the config for one network of a pair: only one computes at a time."""
     model = config.model
     return replace(
         config,
@@ -164,8 +165,8 @@ def _one_expert(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _both_experts(plan: MemoryPlan, config: ExperimentConfig) -> MemoryPlan:
-    """Return the plan of a pair, given that of one of its networks: two bases of a release, one
-    that is shared of other models, and the adapters of each expert that is trained."""
+    """Return the plan for a pair, given the plan for one of its networks. A release has two bases,
+    other models share one; the adapters of every trained expert are added."""
     both = config.lora.enabled and len(config.experts.trained) == 2
     further = plan.gradients if both else 0
     if config.model.released:
@@ -174,14 +175,14 @@ def _both_experts(plan: MemoryPlan, config: ExperimentConfig) -> MemoryPlan:
     return replace(
         plan,
         weights=plan.weights + further,
-        host=2 * plan.host - plan.host_activations,  # one network computes at a time
+        host=2 * plan.host - plan.host_activations,  # only one network computes at a time
         optimizer=count * plan.optimizer,
         ema=count * plan.ema,
     )
 
 
 def _stand_in_encoder(config: ExperimentConfig, sizes: WanConfig | None) -> ExperimentConfig:
-    """Return the config with an encoder without weights that gives tokens as wide."""
+    """Return the config with an encoder that has no weights and gives tokens of the same width."""
     text = config.text_encoder
     if not text.freeze:
         raise ConfigError(
@@ -197,8 +198,8 @@ def _stand_in_encoder(config: ExperimentConfig, sizes: WanConfig | None) -> Expe
 
 
 def encoder_bytes(config: HuggingFaceConfig) -> int:
-    """Return the bytes of a frozen encoder, from the headers of its weight file, or of those in its
-    folder. ConfigError: they cannot be read."""
+    """Return the size in bytes of a frozen encoder, from the headers of its weight file or of those
+    in its folder. ConfigError if they cannot be read."""
     path = expanded(config.name_or_path)
     files = [*sorted(path.glob("*t5*enc*.pth")), *sorted(path.glob("text_encoder")), path]
     place = path if path.is_file() else files[0]
@@ -211,10 +212,11 @@ def encoder_bytes(config: HuggingFaceConfig) -> int:
 
 
 def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str, ...]]:
-    """Yield overrides of `config`, each list saving more memory, and costing more time, than the
-    one before; the first is empty. What the rest of the config does not go with is left out."""
+    """Yield lists of overrides of `config`, the first empty, each of which saves more memory and
+    costs more time than the one before. Overrides that contradict the rest of the config are left
+    out."""
     train, steps = config.train, []
-    shared = config.experts.enabled and not config.model.released  # the blocks of both experts
+    shared = config.experts.enabled and not config.model.released  # blocks belong to both
     frozen = config.model.freeze or (config.lora.enabled and config.lora.train_lora_only)
     if train.batch_size > 1:
         accumulated = train.batch_size * train.grad_accum_steps
@@ -226,7 +228,7 @@ def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str,
         steps.append(("train.precision=pure_bf16",))
     if not frozen and not train.offload_optimizer:
         steps.append(("train.offload_optimizer=true",))
-    chosen: dict[str, str] = {}  # by key: a later step may set the same one
+    chosen: dict[str, str] = {}  # by key: a later step may set the same key again
     yield ()
     for step in steps:
         wanted = chosen | {word.partition("=")[0]: word for word in step}
@@ -239,7 +241,7 @@ def memory_options(config: ExperimentConfig, blocks: int) -> Iterator[tuple[str,
 
 
 def changed(config: ExperimentConfig, words: Iterable[str]) -> ExperimentConfig:
-    """Return `config` with overrides. ConfigError: they do not go with it."""
+    """Return `config` with overrides. ConfigError if they contradict it."""
     raw = config_io.apply_overrides(config_io.encode(config), list(words))
     return config_io.decode(ExperimentConfig, raw)
 
@@ -250,9 +252,9 @@ def plans_until_fit(
     sizes: WanConfig | None = None,
     words: int | None = None,
 ) -> Iterator[tuple[tuple[str, ...], MemoryPlan]]:
-    """Yield the overrides of `memory_options` with their plans, up to the first that `fits`, which
-    comes with the largest micro-batch that does; `sizes` and `words` as `plan_training` takes
-    them."""
+    """Yield the lists of overrides of `memory_options` with their plans, up to the first that
+    `fits`, for which the largest micro-batch that fits is chosen. `sizes` and `words`: see
+    `plan_training`."""
     if config.model.released and sizes is None:
         sizes = released_sizes(config.model, "high" if config.experts.enabled else None)
     blocks = sizes.num_layers if sizes else config.model.depth
@@ -276,11 +278,12 @@ def _largest_micro_batch(
     planned: Callable[[tuple[str, ...]], MemoryPlan],
     gpu_gb: float,
 ) -> tuple[tuple[str, ...], MemoryPlan]:
-    """Return `changes`, which begin with a micro-batch of one sample, with the largest divisor of
-    the batch of `train` that `fits` in its place, and their plan. `plan`: that of one sample."""
+    """Return `changes`, which begin with a micro-batch of one sample, with the largest micro-batch
+    that `fits` instead, and the plan for that. The candidates are the divisors of
+    `train.batch_size`. `plan`: the plan for one sample."""
     batch, best = train.batch_size, (changes, plan)
     sizes = [size for size in range(2, batch + 1) if batch % size == 0]
-    while sizes:  # a larger one takes more
+    while sizes:  # a larger micro-batch needs more memory
         middle = len(sizes) // 2
         steps = batch // sizes[middle] * train.grad_accum_steps
         shape = (f"train.batch_size={sizes[middle]}", f"train.grad_accum_steps={steps}")
@@ -294,5 +297,5 @@ def _largest_micro_batch(
 
 
 def fits(plan: MemoryPlan, gpu_gb: float) -> bool:
-    """Return whether it leaves a twentieth of `gpu_gb` (1e9 bytes) for what a plan does not see."""
+    """Return whether a plan leaves 5 % of `gpu_gb` (1e9 bytes) free for what it does not count."""
     return plan.total < 0.95e9 * gpu_gb

@@ -1,11 +1,11 @@
-"""Compute how much GPU memory a training step will take, before there is a GPU: the step itself on
-tensors without memory.
+"""Compute how much GPU memory a training step will take, without a GPU, by running the step itself
+on tensors without memory.
 
-The learner is built, and runs forward and backward, on fake tensors (shapes, types and lifetimes,
+The learner is built, and runs forward and backward, on fake tensors (shapes, dtypes and lifetimes,
 no numbers), while a meter adds up the storages that are alive. So checkpointing, autocast, adapters
-and whatever a network does are counted as they are. What does not show there is added by formula:
-the optimizer's state, and the inner memory of fused attention's backward pass. Compiled blocks
-(`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their
+and anything else that a network does are counted as they are. What this does not show is added by
+formula: the optimizer's state, and the inner memory of fused attention's backward pass. Compiled
+blocks (`train.compile`) keep what the compiler's partitioner decides, and recompute the rest; their
 temporaries are counted as if no operations were fused.
 """
 
@@ -50,7 +50,7 @@ from mmdit.training.memory.offload import slot_bytes
 from mmdit.training.train_config import TrainConfig
 
 MATRIX_LIBRARY = 2 * 2**25  # bytes that cuBLAS and cuBLASLt keep on an H100 or H200
-SIZES = {  # of the released transformers, to plan before there is a file
+SIZES = {  # of the released transformers, for plans before the files exist
     "1.3B": WanConfig(1536, 8960, 12, 30),
     "5B": WanConfig(3072, 14336, 24, 30, in_dim=48, out_dim=48),
     "14B": WanConfig(5120, 13824, 40, 40),
@@ -68,11 +68,10 @@ TABLES = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. `activations`: what a forward pass keeps for the backward pass. `workspace`: what the
-    peak has beyond the parts before it; below 0 where the last gradients come after most
-    activations have gone. `host`: page-locked, on the CPU; `host_activations`: what of it the
-    activations take.
-    """
+    """Numbers of bytes. `activations`: what a forward pass keeps for the backward pass.
+    `workspace`: the peak less the parts above; it is negative if the last gradients are allocated
+    after most activations have been freed. `host`: page-locked memory on the CPU;
+    `host_activations`: the part of it that activations take."""
 
     weights: int
     gradients: int
@@ -85,7 +84,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Return the peak on the device, as `torch.cuda.max_memory_allocated` tells it."""
+        """Return the peak on the device, as `torch.cuda.max_memory_allocated` reports it."""
         away = ("host", "host_activations")
         return sum(value for name, value in asdict(self).items() if name not in away)
 
@@ -97,9 +96,9 @@ class MemoryPlan:
 
 
 class Meter(TorchDispatchMode):
-    """`live`: bytes of the storages that operations have made and that are still referred to;
-    `peak`: the most so far. Tensors on the device `meta` stand for those in the memory of the CPU,
-    whose bytes `host` counts when they are taken."""
+    """Counts memory. `live`: bytes of the storages that operations have made and that are still
+    referenced; `peak`: the largest value so far. Tensors on the meta device stand for those in CPU
+    memory, whose bytes are added to `host` when they are allocated."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +107,7 @@ class Meter(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Blocks are compiled although a mode is on."""
+        """Return True, so that blocks are compiled although this mode is on."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -120,7 +119,8 @@ class Meter(TorchDispatchMode):
         if func.__name__.startswith("_scaled_dot_product") and func.__name__.endswith(
             "backward.default"
         ):
-            # FlashAttention-2 sums the queries' gradient in float32, in tiles, and a number a row.
+            # FlashAttention-2 sums the gradient of queries in float32, in tiles, with one more
+            # number a row.
             b, h, tokens, d = args[1].shape
             self.peak = max(
                 self.peak,
@@ -141,8 +141,8 @@ class Meter(TorchDispatchMode):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """`F.rms_norm` as a GPU computes it: input and a number a row are kept. (A CPU's is several
-    operations.)"""
+    """`F.rms_norm` with the memory that it takes on a GPU: it keeps the input and one number a row.
+    (On a CPU it consists of several operations.)"""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -157,10 +157,11 @@ class _FusedNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def without_memory():
-    """Tensors made inside are fake; yields the meter of what they would take on a GPU. Tables that
-    are kept for the process stay real, and what would need numbers is answered by shape: there are
-    two distinct timesteps. No GPU is touched: another job may have it, and `checkpoint` refuses one
-    that is woken inside, as compiling would."""
+    """Make all tensors inside the block fake, and yield the meter of what they would take on a GPU.
+    Tables that are kept for the whole process stay real, and operations that need numbers are
+    answered by shape: `unique` returns two values, for two distinct timesteps. No GPU is touched:
+    another job may use it, and `checkpoint` refuses a GPU that is initialised inside, as compiling
+    would do."""
 
     def real(function: Callable) -> Callable:
         def call(*arguments):
@@ -187,12 +188,13 @@ def without_memory():
         def patch(place: object, name: str, value: object) -> None:
             stack.enter_context(mock.patch.object(place, name, value))
 
-        # It is asked while compiling, with the answer of no GPU.
+        # It is called while compiling, and would remember that there is no GPU.
         stack.callback(_triton.has_triton.cache_clear)
         patch(torch.cuda, "is_available", lambda: False)
         for module, name in TABLES:
             patch(module, name, real(getattr(module, name)))
-        # As on a GPU: the fused kernels say what they make and keep, and operators stay whole.
+        # As on a GPU: the fused kernels state what they allocate and keep, and operators stay
+        # whole.
         if importlib.util.find_spec("triton"):
             stack.enter_context(torch._functorch.config.patch(decompose_custom_triton_ops=False))
             patch(kernels, "can_run", lambda x: x.dtype != torch.float64)
@@ -213,10 +215,9 @@ def stored_bytes(parameter: Tensor) -> int:
 
 
 def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
-    """Return the bytes of the state that lasts, and of what visits the device during a step
-    (`train.offload_optimizer`). AdamW has two moments in float32, `SplitAdamW` three numbers of 16
-    bits, Muon one moment a matrix.
-    """
+    """Return the bytes of the state that stays on the device, and of the part that visits it during
+    a step (`train.offload_optimizer`). AdamW has two moments in float32, `SplitAdamW` three 16-bit
+    numbers for each weight, Muon one moment for each matrix."""
     trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     halves = is_split(trained.values())
     size = (6 if halves else 8) * sum(p.numel() for p in trained.values())
@@ -229,7 +230,7 @@ def optimizer_bytes(learner: Learner, train: TrainConfig) -> tuple[int, int]:
 
 
 def is_split(trained: Iterable[Tensor]) -> bool:
-    """Return whether `SplitAdamW` trains these weights."""
+    """Return whether `SplitAdamW` would train these weights."""
     return any(p.dtype == torch.bfloat16 for p in trained)
 
 
@@ -247,10 +248,9 @@ def plan_memory(
     latents: tuple[int, ...],
     captions: list[str],
 ) -> MemoryPlan:
-    """Return the plan of training steps of the learner that `build` makes, on micro-batches of raw
-    `latents (b, f, r, c, d)` and `captions`, in one process. Of compiled blocks it is the smaller
-    of the plans with and without compiling: neither knows fused operations.
-    """
+    """Return the plan for training steps of the learner that `build` makes, on micro-batches of raw
+    `latents (b, f, r, c, d)` and `captions`, in one process. With compiled blocks it is the smaller
+    of the plans with and without compiling, as neither accounts for fused operations."""
     ways = (False, True) if train.compiles("cuda") else (False,)
     plans = [_plan(build, train, ema, latents, captions, compiled) for compiled in ways]
     return min(plans, key=lambda plan: plan.total)
@@ -270,7 +270,7 @@ def _plan(
             to_bfloat16(learner)
         learner.train()
         with unset_fake_temporarily(), _disable_current_modes():
-            learner.spec.normalize(torch.zeros(latents[-1]))  # its tables last
+            learner.spec.normalize(torch.zeros(latents[-1]))  # its tables outlast the step
             keep = learner.model.draw_keep(*latents[2:4], 0, 0)
         learner.objective.draw_time = lambda draws, frames=1: torch.rand(
             len(draws.indices), dtype=torch.float64
@@ -281,7 +281,7 @@ def _plan(
         weights = sum(map(stored_bytes, learner.parameters()))
         averaged = sum(4 * p.numel() for p in trained) if ema.enabled else 0
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=train.autocast):
-            learner.text_encoder(captions)  # learns its words, on the CPU
+            learner.text_encoder(captions)  # it learns its words on the CPU
 
         def micro_batch() -> int:
             start = meter.live
@@ -295,7 +295,7 @@ def _plan(
             return kept
 
         if compiled:
-            # an earlier plan's graphs count towards the limit of one function's
+            # graphs of an earlier plan would count towards the limit of one function
             torch._dynamo.reset()
             learner.compile_model("aot_eager_decomp_partition")
             micro_batch()
@@ -332,14 +332,14 @@ def _plan(
         and not visiting
         and sum(p.numel() for p in trained) <= MOST_WEIGHTS
     ):
-        # The graph of the update keeps gradients, too; while it is made, all that it changes is
-        # there three times.
+        # The graph of the update keeps gradients, too; while it is captured, everything that it
+        # changes exists three times.
         constant += gradients
         step = max(step, gradients + 2 * (sum(p.nbytes for p in trained) + state))
     backward = meter.peak - before
     if replayed:
-        # Before a graph is kept, it is compared with two calls of the network: their gradients are
-        # there while a third call is captured.
+        # Before a graph is accepted, it is compared with two calls of the network, whose gradients
+        # exist while a third call is captured.
         backward += 2 * gradients
         step += gradients
     peak = constant + max(backward, step) + MATRIX_LIBRARY
@@ -358,7 +358,8 @@ def _plan(
 def random_denoiser(
     sizes: WanConfig, settings: WanModelConfig, device: torch.device | str = "cpu"
 ) -> WanDenoiser:
-    """Return a Wan transformer with random weights, as `settings` would load it."""
+    """Return a Wan transformer with random weights, in the form in which `settings` would load
+    one."""
     with torch.device(device):
         model = WanDenoiser(sizes)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16

@@ -1,5 +1,5 @@
-"""Commands. Each turns arguments into a call; what a person can mend is told in one line, without a
-stack trace."""
+"""The commands. Each turns arguments into a call; errors that the user can fix are reported in one
+line, without a stack trace."""
 
 import argparse
 import contextlib
@@ -14,8 +14,8 @@ from mmdit.scripts.parsers import CommandParser
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Start a command: what it prints, its help and its errors included, suits any terminal and
-    any encoding."""
+    """Run a command and exit with its status. Everything that it prints, help and errors included,
+    is made to suit any terminal and any encoding."""
     terminal.install()
     sys.argv[1:] = map(with_home, sys.argv[1:])
     raise SystemExit(main())
@@ -29,14 +29,14 @@ def call(words: list[str]) -> int:
 
 
 def command_parser(doc: str | None) -> CommandParser:
-    """Return a parser whose help begins with the docstring of a command, as it is."""
+    """Return a parser whose help begins with the docstring of a command, printed as it is."""
     return CommandParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def config_parser(
     doc: str | None, config_help: str = "the YAML that training will use"
 ) -> CommandParser:
-    """Return a parser for a command that takes the configuration of a training."""
+    """Return a parser for a command that takes the config of a training."""
     parser = command_parser(doc)
     parser.add_argument("--config", required=True, help=config_help)
     parser.add_argument("overrides", nargs="*", help="section.key=value over the config")
@@ -44,7 +44,7 @@ def config_parser(
 
 
 def training_parser(doc: str | None, config_help: str) -> CommandParser:
-    """Return a parser for a command that trains, and continues a run that was stopped."""
+    """Return a parser for a command that trains, and can continue a run that was stopped."""
     parser = config_parser(doc, config_help)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
@@ -56,7 +56,7 @@ def training_parser(doc: str | None, config_help: str) -> CommandParser:
 def main_outside(module: str) -> Callable[[list[str] | None], int]:
     """Return `main` of a module that lies beside the package, in a clone of the repository.
 
-    Ends with one line where there is only the installed package.
+    If only the package is installed, this prints a one-line error and exits with 2.
     """
     try:
         return importlib.import_module(module).main
@@ -73,8 +73,8 @@ def main_outside(module: str) -> Callable[[list[str] | None], int]:
 
 
 def with_home(word: str) -> str:
-    """Return a word of the command line with `~` as the home folder, where a shell leaves it: in
-    `--out_dir=~/x`, or between quotes."""
+    """Return a word of the command line with the home folder in place of `~`, also where a shell
+    does not expand it: in `--out_dir=~/x`, or between quotes."""
     option, equals, value = word.partition("=")
     if equals and option.startswith("--") and value.startswith("~/"):
         return option + equals + os.path.expanduser(value)
@@ -84,8 +84,8 @@ def with_home(word: str) -> str:
 @contextlib.contextmanager
 def friendly():
     """Print a ValueError (ConfigError included), a RunError, a file error or a full memory as one
-    message and exit with 2; anything else is a bug of ours and keeps its trace. `MMDIT_TRACE=1`
-    shows every trace."""
+    message and exit with 2. Anything else is a bug of ours and keeps its stack trace.
+    `MMDIT_TRACE=1` shows every trace."""
     import torch
 
     from mmdit.training.errors import RunError
@@ -96,7 +96,8 @@ def friendly():
 
 @contextlib.contextmanager
 def _reported(*errors: type[Exception]):
-    """End with one message and a status for errors that a person can mend."""
+    """Print one message and exit with a status for errors that the user can fix; `errors` are
+    further types of these."""
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError, *errors) as error:

@@ -15,8 +15,8 @@ from mmdit.training.requests import MOST_PIXELS
 
 
 def number(text: str) -> float:
-    """Read a finite number, as the value of an option: `float` alone takes nan and inf, with
-    which no comparison holds."""
+    """Return the value of an option as a finite number. `float` alone would take nan and inf, for
+    which no limit holds."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"is {text}, must be a finite number")
@@ -80,7 +80,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, needs_checkpoint: bo
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the command `sample` alone takes: prompts, files, pictures, a second model."""
+    """Add the arguments that only the command `sample` takes: prompts, files, pictures, a second
+    model."""
     parser.add_argument("--prompts", nargs="+", default=[], help="one picture or clip each")
     parser.add_argument(
         "--prompts_file",
@@ -143,9 +144,10 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
-    """Arguments over the `train.sample_*` keys the model was trained with."""
+    """Return the sampling settings: the `train.sample_*` keys with which the model was trained,
+    replaced by arguments that are given."""
     base = SampleSettings.of(config.train)
-    if args.guidance is not None:  # one number is for both experts
+    if args.guidance is not None:  # one number holds for both experts
         base = replace(base, cfg_scale_low=None)
     given = lambda **values: {name: value for name, value in values.items() if value is not None}  # noqa: E731
     sampler = replace(
@@ -160,6 +162,6 @@ def sample_settings(args: argparse.Namespace, config: ExperimentConfig) -> Sampl
 
 
 def sample_size(args: argparse.Namespace, config: ExperimentConfig) -> tuple[int, int, int, int]:
-    """`(width, height, frames, fps)`; with buckets the first one is the default."""
+    """Return `(width, height, frames, fps)`; with buckets, the first one is the default size."""
     width, height, frames, fps = config.sample_size
     return args.width or width, args.height or height, args.frames or frames, fps

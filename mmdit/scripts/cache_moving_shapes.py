@@ -1,11 +1,11 @@
-"""Generated data straight into a latent cache, as many samples as wanted, in seconds on a GPU.
+"""Write generated data straight into a latent cache: any number of samples, in seconds on a GPU.
 
     mmdit cache-moving-shapes --config configs/moving_shapes_t2v_128.yaml \\
         --count 50000 --out_dir data/cache/shapes
 
-The same as prepare_moving_shapes followed by cache_vtp_images (or cache_vtp_latents), without the
-files in between. With bucketing each sample has one of the listed sizes; with shifted crops it is
-drawn on a slightly longer canvas, of which each crop is an item.
+It does the same as prepare-moving-shapes followed by cache-images (or cache-latents), without the
+files in between. With bucketing, each sample has one of the listed sizes; with shifted crops, it is
+drawn on a slightly longer canvas, and each crop of that is an item.
 """
 
 from collections import Counter
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer, config.video, config.bucketing, config.preprocess, source="moving shapes"
         )
         frames = args.frames or config.video.span
-        if tokenizer.spec.temporal > 1:  # it must see a sample as it will be used, frame by frame
+        if tokenizer.spec.temporal > 1:  # it encodes each sample as it will be used
             frames = config.video.num_frames
             if args.frames not in (None, frames):
                 reason = f"this tokenizer compresses time: clips have video.num_frames, {frames}"

@@ -66,7 +66,7 @@ def parse(argv: list[str] | None, media: Media, doc: str | None) -> argparse.Nam
 def main(argv: list[str] | None = None, media: Media = "image", doc: str | None = __doc__) -> int:
     args = parse(argv, media, doc)
     with friendly():
-        rank, world = place_in_job()  # no process group: there is no communication
+        rank, world = place_in_job()  # no process group, as processes do not communicate
         if args.prune and args.verify:
             raise ValueError("--verify only reads the cache, and --prune removes items: choose one")
         if args.prune and args.limit:

@@ -1,4 +1,4 @@
-"""Compare samples with real pictures or clips, whoever drew them, by files alone.
+"""Compare samples with real pictures or clips, from files alone, whatever drew the samples.
 
     mmdit compare-samples --samples samples/ --real data/pictures --features pt_inception.pth
     mmdit compare-samples --samples clips/ --real train.jsonl --held_out val.jsonl \\

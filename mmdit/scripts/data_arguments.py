@@ -9,8 +9,8 @@ from mmdit.data.dataset.records import Media, Record
 def add_input_arguments(
     parser: argparse.ArgumentParser, default: str | None = None, purpose: str = ""
 ) -> None:
-    """Add the arguments that name a data set, as `read_input` takes them. It must be named if it
-    has no default and serves no further `purpose`."""
+    """Add the arguments that name a data set, as `read_input` takes them. `--meta_jsonl` is
+    required unless there is a `default` or `purpose`, the text that ends its help."""
     end = purpose or (f" [{default}]" if default else "")
     parser.add_argument(
         "--meta_jsonl",

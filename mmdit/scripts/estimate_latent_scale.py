@@ -15,7 +15,7 @@ from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.parsers import at_least
 from mmdit.training.samples import check_files
 
-PUBLISHED = "WanVAETokenizer"  # has statistics that are no keys of its config
+PUBLISHED = "WanVAETokenizer"  # its statistics are no keys of its config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,13 +7,13 @@ clips, and the CLIP score.
     mmdit evaluate --checkpoint runs/mine --prompts prompts.yaml --count 4096 \\
         --features pt_inception-2015-12-05-6726825d.pth --real data/train.jsonl
 
-Without --prompts the samples are of moving shapes, and what was asked for is checked in the pixels
-by arithmetic: each attribute on seen and held-out prompts, with the tokenizer's ceiling and the
-shuffled-caption control beside it. --variant many asks for one to four objects in GenEval's six
-tasks: each has its score, and what the oracle accepts of true pictures that miss one thing. With
---features the samples are compared with real items in the features of a local encoder, with
+Without --prompts, the samples show moving shapes, and arithmetic on the pixels checks whether they
+show what was asked for: each attribute on seen and held-out prompts, with the tokenizer's ceiling
+and the shuffled-caption control beside it. --variant many asks for one to four objects in GenEval's
+six tasks; each task has its score, and the share of true pictures missing one thing that the oracle
+accepts. --features compares the samples with real items in the features of a local encoder,
 --clip_score with their prompts (see docs/metrics.md). --at_steps scores the checkpoints of several
-steps of a run, one after another: how fast it learnt.
+steps of a run, one after another, to show how fast it learnt.
 """
 
 import argparse
@@ -41,7 +41,8 @@ from mmdit.training.samples import check_files, check_outside
 
 
 def checked_settings(args: argparse.Namespace, config: ExperimentConfig) -> SampleSettings:
-    """Return the settings that samples are drawn with. ValueError: an option has no part there."""
+    """Return the settings with which samples are drawn. ValueError if an option has no effect on
+    them."""
     settings = sample_settings(args, config)
     refuse_without_guidance(args, [settings])
     return settings

@@ -1,5 +1,5 @@
-"""One safetensors file from a run, with its config inside: for sampling, sharing or
-train.init_from.
+"""Write the weights of a run as one safetensors file, with its config inside: for sampling, sharing
+or train.init_from.
 
     mmdit export --checkpoint runs/my_run \\
         --out my_model.safetensors [--dtype bf16] [--raw_weights]
@@ -8,13 +8,14 @@ train.init_from.
     mmdit export --checkpoint runs/my_wan --out transformer --layout diffusers
     mmdit export --checkpoint runs/my_run --out my_pipeline --layout diffusers_pipeline
 
-Two bytes a weight are enough: bf16 reaches as far as fp32, and fp16 keeps eight times the digits of
-bf16 (a weight that it cannot hold is an error), so fp16 draws nearer to what the run drew.
+Two bytes a weight are enough: bf16 has the range of fp32, and fp16 is eight times as precise as
+bf16 (a weight that it cannot hold is an error), so samples with fp16 are nearer to those of the
+run.
 
-A model card is written beside it, NAME.md or README.md of a folder; card.license=… and the like say
-what only you know. Places of this machine are left out of both.
+A model card is written beside it: NAME.md, or README.md in a folder. card.license=… and the like
+state what only you know. Paths of this machine are left out of both.
 
-A run's own file holds its adapters beside the base, as checkpoints do; --merge and --layout fold
+The file of a run holds its adapters beside the base, as checkpoints do; --merge and --layout merge
 them into the weights.
 """
 

@@ -10,10 +10,11 @@ values.
 
 --base and --tuned: Wan weights of any layout, which are read layer by layer, or runs, checkpoints
 or exports of ours; the adapters of a run are merged. Where --tuned is stored in 16 bits, or as
-float8, --base is rounded to them before they are compared. The table says, for each kind of layer,
-how far it moved, and which share of the square of that the LoRA holds, in all layers together and
-in the worst; a higher --rank holds more. What changed beside the chosen layers (norms, biases) is
-named; with --whole it goes into the file, too. A text encoder that was trained, too, is told.
+float8, --base is rounded in the same way before they are compared. The table says, for each type of
+layer, how far it moved, and which share of the squared change the LoRA holds, over all its layers
+and in the worst one; a higher --rank holds more. Changes outside of the chosen layers (norms,
+biases) are named; with --whole they go into the file, too. A text encoder that was also trained is
+reported.
 """
 
 from pathlib import Path

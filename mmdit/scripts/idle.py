@@ -1,4 +1,4 @@
-"""Refuse options that would do nothing beside the others of a command."""
+"""Refuse options that would have no effect together with the others of a command."""
 
 import argparse
 
@@ -10,8 +10,7 @@ OF_ADAPTERS = (
     "adapters are laid over as they were trained; export them (mmdit export --lora) and give --lora"
     " FILE --lora_strength beside the base"
 )
-# Keys of a config that have no part in drawing from trained weights, and what a person means by
-# them.
+# Keys of a config that have no effect on drawing from trained weights, and what to do instead.
 MEANT = {
     "seed": "give --seed",
     "train.batch_size": "give --batch_size",
@@ -25,15 +24,16 @@ MEANT = {
 
 
 def refuse_idle_overrides(overrides: list[str]) -> None:
-    """Raise ValueError for an override that has no part in drawing, where an option has."""
+    """Raise ValueError for an override that has no effect on drawing, naming the option that
+    has."""
     for word in overrides:
         if remedy := MEANT.get(word.partition("=")[0]):
             raise ValueError(f"{word} has no part in drawing from trained weights: {remedy}")
 
 
 def refuse_without_guidance(args: argparse.Namespace, drawn: list[SampleSettings]) -> None:
-    """Raise ValueError for options of guidance where none of the settings that samples are `drawn`
-    with has any. Without settings nothing is known yet."""
+    """Raise ValueError for options of guidance if none of the settings with which samples are
+    `drawn` uses guidance. Without settings, nothing is known yet and nothing refused."""
     if not drawn or any(settings.guides for settings in drawn):
         return
     for name in ("negative", "interval"):
@@ -46,7 +46,8 @@ def refuse_without_guidance(args: argparse.Namespace, drawn: list[SampleSettings
 
 
 def refuse_other_captioner(parser: CommandParser, args: argparse.Namespace, media: Media) -> None:
-    """Raise ValueError for options of the other kind of model, or of the other kind of data."""
+    """Raise ValueError for options that belong to the other type of model, or to the other type of
+    data."""
     if args.server:
         idle, reason = ["device", "dtype"], "the model of --server runs there: leave it out"
     else:

@@ -1,5 +1,5 @@
-"""Tell what an adapter does to its base: how far it moves the weights, what attention makes of it,
-and the same samples with and without.
+"""Tell what an adapter does to its base: how far it moves the weights, how attention changes, and
+the same samples with and without it.
 
     mmdit inspect-adapter --base runs/my_run  # the adapter that the run holds
     mmdit inspect-adapter --base Wan2.1-T2V-1.3B --adapter style.safetensors \\
@@ -9,8 +9,8 @@ and the same samples with and without.
 
 --base: Wan weights (any layout; read layer by layer), or a run, checkpoint or export of ours.
 --adapter: LoRA, DoRA or LoKr in any format. With prompts (a base of ours, or a whole Wan release)
-it samples with the same noise before and after and measures the attention while it does; writes
-before_after.png and report.json into --out. Exit code 1 beyond a limit.
+it samples without and with the adapter from the same noise, measures the attention meanwhile, and
+writes before_after.png and report.json into --out. Exit code 1: a limit is exceeded.
 """
 
 import json

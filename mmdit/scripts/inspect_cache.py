@@ -1,4 +1,4 @@
-"""Look at a cache before training: sizes, counts, what is cropped, repeated and left out, captions;
+"""Inspect a cache before training: sizes, counts, what is cropped, repeated and left out, captions;
 decoded samples as PNG.
 
     mmdit inspect-cache --config my.yaml --cache_dir data/cache/mine [--sheet sheet.png] [--json]
@@ -74,19 +74,19 @@ def main(argv: list[str] | None = None) -> int:
                 report["sheet"] = saved(
                     cache_sheet(cache, tokenizer, args.samples), sheet, elsewhere=not args.sheet
                 )
-            except (OSError, ValueError) as error:  # a place, or an item that is damaged
+            except (OSError, ValueError) as error:  # the path, or a damaged item
                 failure = error
         print(
             json.dumps(report, indent=1, ensure_ascii=False) if args.json else report_text(report)
         )
         if failure:
-            raise failure  # after the report, which needs no sheet
+            raise failure  # only after the report, which needs no sheet
     return 0
 
 
 def saved(image: Image.Image, path: Path, elsewhere: bool) -> str:
-    """Save the sheet; in the working directory, if it may be `elsewhere` and the cache's folder
-    cannot be written to."""
+    """Save the sheet and return its path. If `elsewhere` is allowed and the cache's folder cannot
+    be written to, it goes into the working directory."""
     try:
         return str(save_image(image, path))
     except OSError:

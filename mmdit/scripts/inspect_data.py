@@ -1,5 +1,5 @@
-"""Look at sources before anything is encoded: the size, crop and frames that each gets, or why it
-will be skipped; totals. Exit code 2: not one of them can be used.
+"""Inspect sources before anything is encoded: the size, crop and frames that each gets, or why it
+will be skipped; totals. Exit code 2: none of them can be used.
 
     mmdit inspect-data --config my.yaml --meta_jsonl my_images.jsonl [--json]
     mmdit inspect-data --config my.yaml --meta_jsonl my_clips.jsonl

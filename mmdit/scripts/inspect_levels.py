@@ -3,9 +3,9 @@ its sampler visit.
 
     mmdit inspect-levels --checkpoint runs/mine --train_cache_dir data/cache/mine
 
-Where captions say much, training must come often and the sampler must step finely: set
-`flow_matching.shift`, `logit_std` and `train.sample_shift` so. Latents with more cells, more frames
-or more channels need more noise.
+At levels where captions say much, training must draw many times and the sampler must take fine
+steps: set `flow_matching.shift`, `logit_std` and `train.sample_shift` accordingly. Latents with
+more cells, more frames or more channels need more noise.
 """
 
 from dataclasses import replace
@@ -27,8 +27,8 @@ from mmdit.training.pipeline import SampleSettings
 
 
 def of_clips(video: VideoConfig) -> VideoConfig:
-    """Return the section without steps of single frames, unless there are no others: what is
-    measured is a clip where clips are drawn."""
+    """Return the section `video` without steps on single frames, unless there are no others: so
+    clips are measured if any are drawn."""
     return video if video.image_fraction == 1 else replace(video, image_fraction=0.0)
 
 

@@ -3,8 +3,8 @@ variant, experts, prefix, shards.
 
     mmdit inspect-weights PATH [--expert high] [--json]
 
-PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours; of a run
-its latest checkpoint. Nothing is loaded.
+PATH: a file or folder in any layout: Wan (official, Diffusers, repacked), LoRA, VTP, ours; for a
+run, its latest checkpoint is read. No weights are loaded.
 """
 
 import json
@@ -17,15 +17,16 @@ from mmdit.training.memory.shards import SHAPES, Stored
 
 
 def inspect_parts(folder: Path) -> dict:
-    """Return what the parts make that the processes of a sharded training wrote into a folder."""
+    """Return the report on the parts that the processes of a sharded training wrote into a
+    folder."""
     stored = Stored(folder.with_suffix(".safetensors"))
     return report_of(folder, stored.entries(), stored.files)
 
 
 def inspect_checkpoint(path: str, expert: str | None = None) -> dict | None:
-    """Return what each file of a checkpoint of ours is, of a run its latest, or what the parts of
-    one file are that processes wrote; None: it is none of these.
-    ValueError: no checkpoint is whole, or an `expert` is asked for, which a release has."""
+    """Return the report on each file of a checkpoint of ours (for a run, of its latest), or on a
+    folder of parts that processes wrote; None if it is neither. ValueError if no checkpoint is
+    complete, or if an `expert` is asked for, which only releases have."""
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
         checkpoint = latest(folder)

@@ -1,5 +1,5 @@
-"""The names of all commands, what each says of itself, without importing any, and how one is
-advised."""
+"""List the names of all commands and their summaries, without importing any, and write commands for
+the user to type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELPERS = (
     "listing",
     "parsers",
     "prompts",
-)  # modules of the folder that are no commands
+)  # modules in the folder that are not commands
 SHORT = {
     "train_t2v": "train",
     "cache_vtp_images": "cache-images",
@@ -27,21 +27,22 @@ SHORT = {
 
 
 def commands() -> dict[str, str]:
-    """Return the name of every subcommand and of the module in `mmdit.scripts` that it runs."""
+    """Return the names of all subcommands, each with the module in `mmdit.scripts` that it runs."""
     modules = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in HELPERS)
     return {SHORT.get(module, module.replace("_", "-")): module for module in modules}
 
 
 @cache
 def summary(module: str) -> str:
-    """Return the first sentence of what a command says of itself, without importing it."""
+    """Return the first sentence of a command's docstring, without importing the module."""
     tree = ast.parse((SCRIPTS / f"{module}.py").read_text(encoding="utf-8"))
     paragraph = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
     return paragraph.partition(". ")[0].rstrip(".")
 
 
 def advised(*words: object) -> str:
-    """Return the command `mmdit WORDS` for a person to type, who fills in what is `…`."""
+    """Return the command `mmdit WORDS` for the user to type; `…` stands for what the user must fill
+    in."""
     quoted = [word if word == "…" else shlex.quote(str(word)) for word in words]
     return " ".join(["mmdit", *map(str, quoted)])
 

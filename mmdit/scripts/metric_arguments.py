@@ -5,7 +5,8 @@ from typing import Any
 
 
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what samples are measured with and compared with."""
+    """Add the arguments that say by which metrics samples are measured, and with what they are
+    compared."""
     parser.add_argument(
         "--features",
         metavar="PATH[,key=value…]",
@@ -38,6 +39,6 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def metric_values(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of `add_metric_arguments`, for `build_scores`."""
+    """Return the values of the arguments of `add_metric_arguments`, for `build_scores`."""
     names = ("features", "real", "held_out", "clip_score", "copies", "nearest", "num_workers")
     return {name: getattr(args, name) for name in names}

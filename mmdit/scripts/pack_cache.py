@@ -1,14 +1,15 @@
 """Pack a latent cache into few large files, which every command reads as it reads the cache itself.
-Interrupt it whenever you like: the same command goes on; after the cache has grown it writes only
-what changed.
+Interrupt it whenever you like: the same command continues; after the cache has grown, it writes
+only what changed.
 
     mmdit pack-cache --cache_dir data/cache/my_images \\
         --out_dir data/cache/my_images_packed
     mmdit pack-cache --cache_dir data/cache/my_images --format webdataset \\
         --out_dir data/cache/my_images_tars
 
-The tars of `--format webdataset` are for others, too: latents (.latents.npy), captions (.txt) and
-what is known of each item (.json), and with `--config` the embeddings of the captions (.text.npy).
+The tars of `--format webdataset` can be read by other programs, too: latents (.latents.npy),
+captions (.txt) and facts about each item (.json), and with `--config` the embeddings of the
+captions (.text.npy).
 """
 
 import shlex
@@ -27,8 +28,8 @@ from mmdit.training.distributed import choose_device
 
 
 def embeddings_of(config_path: str, overrides: list[str], device: str) -> Embeddings:
-    """Return the embeddings that `text_encoder.cache_dir` of a config keeps; those that are missing
-    are computed. ConfigError: it keeps none."""
+    """Return the embeddings in `text_encoder.cache_dir` of a config; missing ones are computed.
+    ConfigError if the config keeps none."""
     config = load_experiment_config(config_path, overrides)
     encoder = build_text_encoder(config.text_encoder).to(choose_device(device))
     stored = encoder.stored() if isinstance(encoder, HuggingFaceEncoder) else None

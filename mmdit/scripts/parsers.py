@@ -1,5 +1,4 @@
-"""Parsers of command lines that can be looked at, for forms are made from them; whole numbers in
-options."""
+"""Command-line parsers that the browser's forms can inspect; readers of whole numbers."""
 
 import argparse
 import shlex
@@ -8,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 from mmdit.config import MOST_INT
 
-MAY_BE_EMPTY = ("--negative", "--prompts")  # the empty prompt is one
-ONCE = (  # what names things that are read: of two only the last would be
+MAY_BE_EMPTY = ("--negative", "--prompts")  # an empty prompt is a valid one
+ONCE = (  # options that name an input: only the last of two would be used
     *("config", "meta_jsonl", "folder", "cache_dir", "checkpoint", "prompts", "prompts_file"),
     *("runs", "samples", "real", "held_out", "base", "tuned", "adapter"),
     *("lora", "lora_low", "refine"),
@@ -17,7 +16,7 @@ ONCE = (  # what names things that are read: of two only the last would be
 
 
 class ParserShown(Exception):
-    """Carries the parser of a command to who asked for it."""
+    """Carries the parser of a command to the caller of `parser_of`."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         super().__init__()
@@ -25,12 +24,12 @@ class ParserShown(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that can be looked at: see `parser_of`. It refuses numbers beyond 64 bits,
-    what is given twice of which one would be lost, and values of nothing, which a variable of the
-    shell leaves that was not set: a command would read or write the working directory, or do
-    without what was asked for."""
+    """A parser that can be inspected: see `parser_of`. It refuses numbers beyond 64 bits, options
+    that are given twice if one would be lost, and empty values, as an unset shell variable leaves:
+    with these, a command would read or write the working directory, or ignore what was asked
+    for."""
 
-    SHOW: list[str] = []  # this very list, given as arguments, asks for the parser
+    SHOW: list[str] = []  # this very list as arguments asks for the parser
 
     def __init__(self, *args, **values):
         super().__init__(*args, **values)
@@ -53,11 +52,11 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_intermixed_args(args, namespace)
 
     def refuse_idle(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-        """Raise ValueError for the first of the options `names` that was given another value than
-        its default: `reason` says why nothing would come of it, and what to do."""
+        """Raise ValueError for the first of the options `names` that has another value than its
+        default. `reason` says why it would have no effect, and what to do."""
         for name in names:
             value = getattr(args, name)
-            if value in (self.get_default(name), []):  # no override is an empty list
+            if value in (self.get_default(name), []):  # overrides are an empty list by default
                 continue
             if name == "overrides":
                 raise ValueError(f"{' '.join(value)} is given, but {reason}")
@@ -65,7 +64,7 @@ class CommandParser(argparse.ArgumentParser):
             raise ValueError(f"--{name} is {said}, but {reason}")
 
     def refuse_all_but(self, kept: list[str], args: argparse.Namespace, reason: str) -> None:
-        """Refuse all options but those `kept`, as `refuse_idle` does."""
+        """Refuse all options except those in `kept`, as `refuse_idle` does."""
         self.refuse_idle(args, [name for name in vars(args) if name not in kept], reason)
 
     @staticmethod
@@ -74,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParser:
-    """Return the parser of a command's `main`, which does nothing else."""
+    """Return the parser of a command. Its `main` is called, but does nothing else."""
     try:
         main(CommandParser.SHOW)
     except ParserShown as shown:
@@ -83,12 +82,13 @@ def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParse
 
 
 def typed(name: str, argv: list[str] | None) -> str:
-    """Return the command `mmdit NAME …` as it can be typed again; `argv` as `main` was given it."""
+    """Return the command `mmdit NAME …` in a form that can be typed again; `argv` is the argument
+    of `main`."""
     return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])
 
 
 def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return a reader of whole numbers from `least` to `most`, as the value of an option."""
+    """Return a function that reads an option's value as a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -98,5 +98,5 @@ def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"is {text}, must be at most {most}")
         return value
 
-    read.__name__ = "int"  # in the message about what is no number
+    read.__name__ = "int"  # argparse's message on other text names it
     return read

@@ -1,13 +1,13 @@
-"""The GPU memory that a training step will take, part by part, before it is run; nothing is loaded
-or allocated.
+"""Compute the GPU memory that a training step will take, part by part, before it is run; nothing is
+loaded or allocated.
 
     mmdit plan-memory \\
         --config configs/wan/ti2v_5b_first_frame_lora.yaml [--gpu_gb 24] [--variant 5B]
         [section.key=value …]
 
-With --gpu_gb it goes on to save memory, in the order of what it costs in time, until the step fits.
-One process, with blocks compiled where train.compile says so on a GPU.
-tests/drivers/gpu_memory_plan.py compares plans with what is measured.
+With --gpu_gb it then adds options that save memory, those that cost least time first, until the
+step fits. The plan is for one process, with blocks compiled if train.compile says so for a GPU.
+tests/drivers/gpu_memory_plan.py compares plans with measurements.
 """
 
 import json

@@ -71,7 +71,7 @@ def parser_of_captions() -> CommandParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for numbers that mean nothing."""
+    """Raise ValueError for numbers that make no sense."""
     for name in ("max_tokens", "timeout"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be greater than 0")

@@ -4,7 +4,7 @@ names some frames of its film.
     mmdit prepare-clips --meta_jsonl data/films/train_videos.jsonl --out_dir data/clips
 
 Hard cuts, dissolves and fades are found by how much frames differ. Stop it at any time: the same
-command goes on. Run again with other settings, it cuts anew what is measured already, in seconds.
+command continues. Run again with other settings, it cuts what it has measured anew, in seconds.
 Exit code 2: no clip is left.
 """
 

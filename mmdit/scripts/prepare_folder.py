@@ -1,5 +1,5 @@
-"""A folder of pictures and videos, with captions in text files of the same name, to JSONL ready to
-be cached.
+"""Describe a folder of pictures and videos, with captions in text files of the same name, as JSONL
+that is ready to be cached.
 
     mmdit prepare-folder --folder data/pets  # cat.jpg and cat.txt, walk.mp4 …
 

@@ -1,11 +1,11 @@
-"""Video files to folders of frames at a chosen rate, with the JSONL that describes them.
+"""Turn video files into folders of frames at a chosen rate, with the JSONL that describes them.
 
     mmdit prepare-frames --meta_jsonl data/pets/train_videos.jsonl \\
         --out_dir data/pets_frames --fps 16
 
 Reads the lines' `video_path`, writes `frames_<fps>fps/<id>/000000.png …` and a JSONL of the same
-name. Run again, it goes on. Not needed for training: the caching command reads video files itself.
-It helps to look at frames, or to clean them by hand.
+name. The same command continues what was interrupted. Training does not need this, as the caching
+command reads video files itself; it helps to look at frames, or to clean them by hand.
 """
 
 import json
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 def write_frames(
     records: list[Record], out_dir: Path, fps: float, suffix: str
 ) -> tuple[list[str], list[str]]:
-    """Write the frames of each clip; return the lines of those that could be used, and why others
-    could not. OSError: the disk is full."""
+    """Write the frames of each clip. Return the lines of the clips that could be used, and the
+    reasons why others could not. OSError if the disk is full."""
     lines, skipped = [], []
     top = out_dir / f"frames_{fps:g}fps"
     clean(top)
@@ -64,9 +64,7 @@ def write_frames(
         try:
             frames = extract_frames(record, folder, fps, suffix)
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and is_full(
-                error
-            ):  # of the clips behind it none would be written either
+            if isinstance(error, OSError) and is_full(error):  # the clips after it would fail, too
                 raise OSError(error.errno, error.strerror, str(folder)) from None
             skipped.append(f"{record.id}: {error}")
             continue

@@ -1,12 +1,12 @@
-"""Makes the moving-shapes data set: pictures (or frame folders) with captions, no download.
+"""Make the moving-shapes data set: pictures (or frame folders) with captions, without a download.
 
     mmdit prepare-moving-shapes --out_dir data/moving_shapes --count 4096 \\
         --width 64 --height 64
     mmdit prepare-moving-shapes --out_dir data/moving_shapes_video \\
         --count 512 --frames 16
 
-Run again with the same settings it goes on where it was interrupted, or adds samples up to a larger
---count.
+Run again with the same settings, it continues where it was interrupted, or adds samples up to a
+larger --count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts, as commands take them: words of the command line and lines of a file."""
+"""Read the prompts of a command, from words of the command line and lines of a file."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
 
 
 def _text(path: str) -> str:
-    """Return the text of a file. ValueError: it is not in UTF-8."""
+    """Return the text of a file. ValueError if it is not UTF-8."""
     try:
         return find(path).read_text(encoding="utf-8-sig")
     except UnicodeError as error:
@@ -23,9 +23,9 @@ def _text(path: str) -> str:
 
 
 def read_requests(path: str) -> list[Request]:
-    """Return what a file asks for: of text a prompt a line; of `.jsonl` a JSON object a line; of
-    `.yaml` the list `prompts:`, of texts and of sections; of `.json` the list of post-training.
-    ValueError names the line."""
+    """Return the requests in a file. A text file holds one prompt per line, `.jsonl` one JSON
+    object per line, `.yaml` the list `prompts:` of texts and sections, `.json` a list as for
+    post-training. ValueError names the line."""
     kind_of_file = Path(path).suffix.lower()
     if kind_of_file == ".jsonl":
         numbered = enumerate(map(str.strip, lines_of(_text(path))), 1)
@@ -48,7 +48,8 @@ def read_requests(path: str) -> list[Request]:
 
 
 def _of_json(line: str, where: str) -> Request:
-    """Return the request of a line of a `.jsonl` file, in which nothing else than an object is."""
+    """Return the request in a line of a `.jsonl` file. ValueError if the line holds no JSON
+    object."""
     if not line.startswith("{"):
         raise ValueError(
             f'{where}: is no JSON object, like {{"prompt": "…"}}; a file with one prompt a line'
@@ -58,7 +59,8 @@ def _of_json(line: str, where: str) -> Request:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Return the prompts of a file, which must ask for nothing else. See `read_requests`."""
+    """Return the prompts of a file. ValueError if one has settings besides its text, or there are
+    none. See `read_requests`."""
     requests = read_requests(path)
     for number, request in enumerate(requests):
         if request.overrides:
@@ -72,8 +74,8 @@ def read_prompts(path: str) -> list[str]:
 
 
 def asked_for(args: argparse.Namespace) -> list[Request]:
-    """Return the prompts of the command line, then those of the file. ValueError: there are none,
-    or one is no text."""
+    """Return the prompts of the command line, then those of the file. ValueError if there are none,
+    or one is not text."""
     requests = []
     for prompt in args.prompts:
         if OVERRIDE.fullmatch(prompt):

@@ -1,11 +1,11 @@
-"""Fetch a model from the Hugging Face hub, at one commit: files that are read here alone, each
-compared with its check sum. Interrupt it whenever you like: the same command goes on.
+"""Fetch a model from the Hugging Face hub, at one commit: only files that other commands can read,
+each checked against its check sum. Interrupt it whenever you like: the same command continues.
 
     mmdit pull OWNER/NAME [--out my_folder] [--revision COMMIT]
 
 Needs the extra `hf`; for private repositories the login of `hf auth login` or HF_TOKEN. Nothing
-that is fetched is executed. It is used as what is already here: the last lines say by which
-commands.
+that is fetched is executed. It is used like files that were here already; the last lines of the
+output name the commands.
 """
 
 from pathlib import Path

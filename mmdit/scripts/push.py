@@ -4,8 +4,7 @@
     mmdit push transformer OWNER/NAME --dry_run
 
 Needs the extra `hf`, and the login of `hf auth login` or HF_TOKEN. Pickles, caches, checkpoints
-with the state of a training, and files that say where things lie on this machine, or a token, are
-not sent.
+with the state of a training, and files that hold paths of this machine or a token are not sent.
 """
 
 from pathlib import Path

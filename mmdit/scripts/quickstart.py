@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
-    )  # read when torch starts: spinning threads crawl on a shared machine
+    )  # read when torch starts; spinning threads slow down a shared machine
     with friendly():
         from mmdit.commands.quickstart import run
 

@@ -1,4 +1,4 @@
-"""Write one HTML file about a run, to be sent to others: curves, samples, configuration, versions.
+"""Write one HTML file about a run, to send to others: curves, samples, configuration, versions.
 
 mmdit report runs/my_run --out report.html
 

@@ -1,4 +1,4 @@
-"""Make a published figure anew, from nothing, and say whether it lies inside its interval.
+"""Reproduce a published figure from nothing, and say whether it lies inside its interval.
 
     mmdit reproduce --list
     mmdit reproduce moving_shapes_t2i_128 [--seeds 0 1 2] [--device cuda:1]
@@ -8,15 +8,15 @@
     python -m tests.drivers.gpu_arms reproduce arms_128 --share --in_process --device cuda:0
 
 The recipe is results/NAME.yaml, or NAME/recipe.yaml of a record (records/README.md): it names the
-stages, their configs, seeds and scores. What was done is kept in --out and not done again, so that
-a stopped command goes on when it is given once more. On several GPUs: the same command once for
-each, with --share and its --device, takes the stages that no other works on; a last one without
---share waits for them and pools. --in_process saves the start of every command, where stages take
-seconds; two or three such commands keep a GPU busy that one would leave idle, but make its steps
-longer: --untimed then keeps their seconds out of the results. --record writes the
-results beside the recipe (results/NAME.json, or recipe.json of a record), from which the tables of
-the documents are made (docs/reproducing.md). The exit status is 1 if a score is outside its
-interval, or a record does not count.
+stages, their configs, seeds and scores. What is done is kept in --out and not done again, so that a
+stopped command continues when it is given once more. On several GPUs, give the same command once
+for each, with --share and its --device: it takes the stages on which no other works; a last one
+without --share waits for them and pools. --in_process saves the start of every command, if stages
+take seconds; two or three such commands keep a GPU busy that one would leave idle, but make its
+steps longer: --untimed then keeps their seconds out of the results. --record writes the results
+beside the recipe (results/NAME.json, or recipe.json of a record), from which the tables of the
+documents are made (docs/reproducing.md). The exit status is 1 if a score is outside its interval,
+or a record does not count.
 """
 
 import json
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from mmdit.commands.reproduce import Chain, finished_results, read_json, tell_failures
 
-        name = Path(os.path.relpath(args.name)).as_posix()  # a folder may be given in many ways
+        name = Path(os.path.relpath(args.name)).as_posix()  # a folder can be written in many ways
         recipe = read_recipe(args.results, name)
         if args.share and args.record:
             raise ValueError(

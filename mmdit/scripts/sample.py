@@ -7,9 +7,9 @@
     mmdit sample --checkpoint runs/my_run --interactive
 
 Writes one PNG or MP4 per prompt, batch by batch, samples.json with everything needed to draw them
-again, and grid.png (captioned). The same command again goes on where it was stopped; samples that
-were drawn otherwise are replaced with --replace only. Each file says how it was drawn:
-`mmdit sample --read FILE` prints it.
+again, and grid.png (captioned). Given once more, the same command continues where it was stopped;
+samples that were drawn in another way are replaced only with --replace. Each file records how it
+was drawn: `mmdit sample --read FILE` prints that.
 """
 
 import argparse
@@ -55,8 +55,8 @@ HELP = (
 def open_drawing(
     args: argparse.Namespace, words: list[str], world: World
 ) -> tuple[Drawing, dict, int]:
-    """Load what the command names; return what draws, the story of its samples, and frames a
-    second. `words` are the command's own."""
+    """Load what the command names. Return the drawing, its story (everything that determines the
+    samples), and the frames per second. `words` are those of the command."""
     pipeline, config = load_pipeline(
         args.checkpoint,
         args.device,
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     with friendly(), all_processes(args) as world:
         if args.read:
             reason = "--read says how a file was drawn: give one of the two"
-            parser.refuse_all_but(["read", "out"], args, reason)  # a form names a folder always
+            parser.refuse_all_but(["read", "out"], args, reason)  # a browser form always sets --out
             print(json.dumps(read_facts(args.read), indent=1, ensure_ascii=False))
             return 0
         check_arguments(args)

@@ -19,12 +19,12 @@ from mmdit.scripts.parsers import parser_of
 from mmdit.ui.job_requests import Command
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 
-REPORTS = (  # of the page about data
+REPORTS = (  # commands on the page about data
     *("inspect-data", "inspect-cache", "verify-cache", "plan-memory"),
     *("inspect-adapter", "inspect-levels", "inspect-weights", "estimate-latent-scale"),
 )
-DISTRIBUTED = ("train", "posttrain", "cache-images", "cache-latents")  # work under torchrun
-# Every other command may be started, one that is new as well.
+DISTRIBUTED = ("train", "posttrain", "cache-images", "cache-latents")  # can run under torchrun
+# All other commands can be started from the browser, new ones included.
 NOT_OFFERED = {
     "ui": "it is running",
     "quickstart": "the first look, in a terminal",
@@ -45,7 +45,7 @@ def parser_of_command(module: str) -> argparse.ArgumentParser:
 
 
 def offers() -> dict[str, Command]:
-    """Return what the pages know of each command that may be started."""
+    """Return, by name, what the pages need to know about each command that can be started."""
     roots = {"train-vtp": PretrainConfig}
     return {
         name: Command(

@@ -1,9 +1,9 @@
-"""Read every file of a latent cache and list what is damaged. Exit code 0: all is well, 1: it is
-not.
+"""Read every file of a latent cache and list what is damaged. Exit code 0: nothing is, 1: something
+is.
 
     mmdit verify-cache --cache_dir data/cache/my_images [--delete] [--json]
 
-`--delete` removes the damaged files; the caching command then makes exactly those anew.
+`--delete` removes the damaged files; the caching command then makes exactly these again.
 """
 
 import json

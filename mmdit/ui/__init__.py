@@ -1,2 +1,3 @@
-"""The browser interface: pages over run folders and jobs. Starlette, uvicorn and Jinja2 rather than
-a toolkit of widgets: what is asked of each request and what outlives the server is written here."""
+"""The browser interface: pages about run folders and jobs. It uses Starlette, uvicorn and Jinja2
+rather than a widget toolkit, so that the code here decides what every request must fulfil and what
+outlives the server."""

@@ -1,8 +1,9 @@
-"""Who may ask what of the server: the token, the names it answers to, and forms of its own pages.
+"""Decide who may ask what of the server: the token, the host names that it accepts, and forms from
+its own pages only.
 
 A page of another site must not reach the server through the browser of its user. So each request
-names a host that the server knows (against DNS rebinding), a request that changes something comes
-from a page of this server and carries the secret of its forms, and what is sent back says what a
+must name a host that the server knows (against DNS rebinding); a request that changes something
+must come from a page of this server and carry the secret of its forms; and responses say what a
 browser may load.
 """
 
@@ -25,7 +26,7 @@ from mmdit.privacy import is_loopback
 
 COOKIE = "mmdit_ui"
 SIGN_IN = "/sign-in"
-DATA = ("/api/", "/files/", "/job-files/")  # what is no page
+DATA = ("/api/", "/files/", "/job-files/")  # addresses of data, which are no pages
 FORM_TYPE = "application/x-www-form-urlencoded"
 MAX_FORM_BYTES, MAX_FORM_FIELDS = 1 << 20, 5000
 LEAST_TOKEN = 16
@@ -44,7 +45,8 @@ HEADERS = {
 
 
 def check_token(token: str, host: str) -> None:
-    """Raise ValueError for an address that others can reach without a token, or a short token."""
+    """Raise ValueError if others can reach the address `host` but there is no token, or if the
+    token is too short."""
     if not token and not is_loopback(host):
         raise ValueError(
             f"--host is {host}, which other machines can reach: set the environment variable"
@@ -57,38 +59,41 @@ def check_token(token: str, host: str) -> None:
 
 
 def same(given: str, expected: str) -> bool:
-    """Compare two texts in a time that does not depend on where they differ."""
+    """Return whether two texts are equal, in a time that does not depend on where they differ."""
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The rules of one server. Without a `token` only this machine asks, by a name of loopback;
-    with one also by an address in digits, which no name can be rebound to, and by `names`."""
+    """The rules of one server. Without a `token`, only this machine may ask, by a name of the
+    loopback interface. With one, requests may also use an IP address, to which no name can be
+    rebound, and the host names in `names`."""
 
     token: str = ""
     names: frozenset[str] = frozenset()
-    # What the forms of this server carry, new at each start.
+    # The secret that forms of this server carry; new at each start.
     form_secret: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
 
     def cookie(self) -> str:
-        """Return what a signed-in browser carries: it shows the token to nobody."""
+        """Return the cookie of a signed-in browser, from which nobody can learn the token."""
         key = self.token.encode()
         return hmac.new(key, b"signed in to the mmdit ui", hashlib.sha256).hexdigest()
 
     def is_token(self, given: str) -> bool:
-        """Return whether this is the token."""
+        """Return whether `given` is the token."""
         return bool(self.token) and same(given, self.token)
 
     def is_signed_in(self, request: Request) -> bool:
-        """Return whether a request carries the cookie, or the token in its `Authorization`."""
+        """Return whether a request carries the cookie, or the token in its `Authorization` header;
+        True if there is no token."""
         if not self.token:
             return True
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
         return same(request.cookies.get(COOKIE, ""), self.cookie()) or self.is_token(bearer)
 
     def knows_host(self, header: str) -> bool:
-        """Return whether `Host` names this server, and no domain that was pointed at it."""
+        """Return whether the header `Host` names this server, and not a foreign domain that was
+        pointed at it."""
         try:
             name = (urlsplit(f"//{header}").hostname or "").lower()
         except ValueError:
@@ -102,7 +107,8 @@ class Guard:
         return bool(self.token)
 
     def is_from_here(self, request: Request) -> bool:
-        """Return whether a page of this server sent a request, or no page of a browser did."""
+        """Return whether a request comes from a page of this server, or from a program that is no
+        browser."""
         if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             return False
         origin = request.headers.get("origin")
@@ -116,8 +122,8 @@ class Guard:
 
 
 class Access:
-    """The application `app` behind a guard. A form is read here, and lies in `scope["form"]` as
-    lists by name."""
+    """The application `app` behind a guard. Forms are read here, and passed on in `scope["form"]`
+    as lists by field name."""
 
     def __init__(self, app: ASGIApp, guard: Guard):
         self.app, self.guard = app, guard
@@ -126,7 +132,7 @@ class Access:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
-            return  # there are no web sockets
+            return  # there are no WebSockets
         request = Request(scope, receive)
 
         async def send_with_headers(message: Message) -> None:
@@ -147,7 +153,7 @@ class Access:
         await answer(scope, receive, send_with_headers)
 
     async def _refusal(self, request: Request) -> Response | None:
-        """Return what a request that is not let through gets; None lets it through."""
+        """Return the response to a request that is refused; None lets it through."""
         guard, path = self.guard, request.url.path
         if not guard.knows_host(request.headers.get("host", "")):
             return PlainTextResponse(
@@ -183,7 +189,8 @@ class Access:
 
     @staticmethod
     async def _read_form(request: Request) -> Response | None:
-        """Read the form into `scope["form"]`; return a refusal if it is none, or too large."""
+        """Read the form into `scope["form"]`; return a refusal if there is no form, or it is too
+        large."""
         if request.headers.get("content-type", "").partition(";")[0].strip() != FORM_TYPE:
             return PlainTextResponse(f"A form must be sent as {FORM_TYPE}.\n", 415)
         body = bytearray()
@@ -200,9 +207,10 @@ class Access:
 
 
 async def sign_in(guard: Guard, request: Request) -> Response | None:
-    """Return the answer to a sign-in form: a cookie for the right token, else None, late."""
+    """Return the response to a sign-in form: one that sets a cookie if the token is right, else
+    None, after a delay."""
     if not guard.is_token(request.scope["form"].get("token", [""])[0]):
-        await asyncio.sleep(REFUSAL_SECONDS)  # who guesses, guesses slowly
+        await asyncio.sleep(REFUSAL_SECONDS)  # slows down guessing
         return None
     answer = RedirectResponse("/", 303)
     answer.set_cookie(
@@ -217,5 +225,5 @@ async def sign_in(guard: Guard, request: Request) -> Response | None:
 
 
 def guard_for(token: str, names: Iterable[str]) -> Guard:
-    """Return the guard of a server that is reached by `names` besides loopback."""
+    """Return the guard of a server that can be reached under `names`, besides loopback."""
     return Guard(token, frozenset(name.lower() for name in names))

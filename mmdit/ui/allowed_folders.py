@@ -1,5 +1,5 @@
-"""Which files the server reads, and which it lets commands read and write: those inside the folders
-that its user named, wherever links lead."""
+"""Restrict the files that the server reads, and that it lets commands read and write, to those
+inside the folders that its user named, after following all links."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from mmdit.shipped import find, shipped_path
 
 
 class AllowedFolders:
-    """Folders, and what ships with the package."""
+    """The folders that are allowed. What ships with the package is allowed, too."""
 
     def __init__(self, folders: list[Path]):
-        """ValueError: one is something else than a folder; it need not be there yet."""
+        """Resolve the folders, which need not exist yet. ValueError if one is something else than a
+        folder."""
         for folder in map(expanded, folders):
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ValueError(f"{folder} is no folder; name one with --runs and --allow")
         self.folders = [real_path(expanded(folder)) for folder in folders]
 
     def check(self, text: str, what: str = "the path") -> Path:
-        """Return the path that a person wrote; it need not exist. ValueError: it lies outside."""
+        """Return the path that a user wrote; it need not exist. ValueError if it, or a file that
+        its records name, lies outside. `what` names it in errors."""
         if "\0" in text or not text:
             raise ValueError(f"{what} is {text!r}, must be the name of a file or folder")
         path = expanded(text)
@@ -50,9 +52,9 @@ class AllowedFolders:
         )
 
     def check_records(self, path: Path, what: str) -> None:
-        """Look at the files that the lines of a metadata file name. ValueError: one lies outside.
-        What else is wrong is for the command to say."""
-        folders: set[str] = set()  # that were looked at
+        """Check the files that the lines of a metadata file name. ValueError if one lies outside.
+        Any other fault is left to the command."""
+        folders: set[str] = set()  # those already checked
         for number, key, text in named_files(path):
             named = os.path.join(path.parent, os.path.expanduser(text))
             folder = os.path.dirname(named)
@@ -61,8 +63,8 @@ class AllowedFolders:
             folders.add(folder)
 
     def check_text(self, text: str, what: str) -> None:
-        """Look at a path, or at each path in `name=text,name=path`, as options take it that read
-        files: of one that is to be written all of the text is the path."""
+        """Check a path, or each path in `name=text,name=path`, the form of options that read files.
+        (In options that write a file, the whole text is the path.)"""
         if "=" not in text or os.path.exists(text):
             self.check(text, what)
             return
@@ -72,12 +74,12 @@ class AllowedFolders:
                 self.check(held, what)
 
     def check_config(self, config: Any) -> None:
-        """Look at every path in a decoded configuration. ValueError names the key."""
+        """Check every path in a decoded config. ValueError names the key."""
         for key, text in paths_in(config):
             self.check(text, key)
 
     def check_override(self, word: str) -> None:
-        """Look at a word `section.key=value` over a stored config. ValueError: it names a path
+        """Check an override `section.key=value` of a stored config. ValueError if it names a path
         outside, or is no override."""
         key, equals, text = word.partition("=")
         if not equals or not all(part.isidentifier() for part in key.split(".")):
@@ -89,8 +91,8 @@ class AllowedFolders:
 
 
 def metadata_at(path: Path) -> list[Path]:
-    """Return the files of records that a command may read where it is given a path: the file
-    itself, whatever its suffix, or those in a folder that are read by their names."""
+    """Return the files of records that a command may read if it is given a path: the file itself,
+    whatever its suffix, or the files in a folder that it finds by their names."""
     if os.path.isdir(path):
         return sorted(file for name in NAMES.values() for file in path.glob(f"*_{name}.jsonl"))
     if not os.path.isfile(path):
@@ -101,7 +103,7 @@ def metadata_at(path: Path) -> list[Path]:
 
 
 def named_files(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield what the records of a metadata file name: the line, the key and the path."""
+    """Yield the paths that the records of a metadata file name, as (line number, key, path)."""
     with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -114,12 +116,12 @@ def named_files(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def may_be_path(text: str) -> bool:
-    """Return whether a text is the name of a file rather than a word that names none."""
+    """Return whether a text may name a file, as opposed to a word with another meaning."""
     return bool(text) and (os.sep in text or text.startswith("~") or os.path.exists(text))
 
 
 def paths_in(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted key and the text of every path in a configuration."""
+    """Yield the dotted key and the text of every path in a config."""
     if isinstance(config, tuple):
         for number, item in enumerate(config):
             yield from paths_in(item, f"{path}[{number}]")
@@ -136,7 +138,8 @@ def paths_in(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def path_keys(cls: type, known: set[type] | None = None) -> set[str]:
-    """Return the names of the keys that hold paths, in a section and all that it may hold."""
+    """Return the names of the keys that hold paths, in a section and in all sections that it can
+    hold."""
     known = set() if known is None else known
     if cls in known:
         return set()

@@ -1,7 +1,8 @@
-"""Forms of commands, made from their argument parsers, and the command line that a form makes.
+"""Make forms of commands from their argument parsers, and command lines from filled-in forms.
 
-Nothing here lists the options of a command, so none can lag behind. What an option takes as text is
-taken for a path unless it is listed as none: a new option is looked at rather than let through.
+No list here repeats the options of a command, so none can become outdated. The text of an option is
+taken for a path unless the option is listed as having none: so the path in a new option is checked
+rather than let through.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ NO_PATHS = {
     ),
     *("kind", "offload", "prompts", "solver", "expert", "targets"),
 }
-# Settings with paths in them, `PATH[,key=value…]`; any other text is one path, whatever it holds.
+# Options of the form `PATH[,key=value…]`; the text of any other option is a single path.
 SETTINGS = {"features"}
-# The configuration has a form of its own, and nobody sits before a job to answer it.
+# The config has a form of its own, and nobody could answer an interactive job.
 LEFT_OUT = {"help", "config", "overrides", "interactive"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command as a field of a form. `shape`: flag, choice, lines (several values, a
-    line each), number or text. `flag` is as on the command line; of a value that stands there
-    without one it is the name that the help shows."""
+    """An option of a command as a field of a form. `shape`: flag, choice, lines (several values,
+    one per line), number or text. `flag` is the option as on the command line; for a positional
+    argument, the name that the help shows."""
 
-    name: str  # as in a namespace
+    name: str  # in the parsed namespace
     flag: str
     shape: str
     about: str
@@ -47,12 +48,12 @@ class Option:
     required: bool
     choices: tuple[str, ...] = ()
     is_path: bool = False
-    repeats: bool = False  # the flag stands before each of several values
-    bare: bool = False  # its value stands on the command line without a flag
+    repeats: bool = False  # the flag is repeated before each of several values
+    bare: bool = False  # a positional argument
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[Option]:
-    """Return the options of a command in their order."""
+    """Return the options of a command in order."""
     return [_option(action) for action in parser._actions if action.dest not in LEFT_OUT]
 
 
@@ -90,10 +91,10 @@ def _option(action: argparse.Action) -> Option:
 def words_of(
     options: list[Option], value_of: Callable[[str], str], allowed: AllowedFolders
 ) -> list[str]:
-    """Return the words of a command line that say what a form says; what is as usual is left out.
-    ValueError: a value is missing, or names a file outside of the allowed folders."""
+    """Return the words of a command line for a filled-in form; values that equal the default are
+    left out. ValueError if a value is missing, or names a file outside of the allowed folders."""
     words: list[str] = []
-    for option in sorted(options, key=lambda option: not option.bare):  # before lists of values
+    for option in sorted(options, key=lambda option: not option.bare):  # positional ones first
         text = value_of(option.name)
         if option.required and not text:
             raise ValueError(f"{option.flag} is missing: {option.about}")
@@ -121,7 +122,7 @@ def _words(option: Option, values: list[str]) -> list[str]:
             if value.startswith("-") and not _is_number(value):
                 raise ValueError(f"{option.flag}: {value!r} begins with a dash, as options do")
         return values if option.bare else [option.flag, *values]
-    # one word each: what follows the sign is never taken for an option
+    # in one word with the flag, so that a value is never taken for an option
     return [f"{option.flag}={value}" for value in values]
 
 

@@ -1,5 +1,5 @@
-"""The form of a configuration, made from the dataclasses of its sections, and the overrides that a
-form makes of a YAML file."""
+"""Make the form of a config from the dataclasses of its sections, and turn a filled-in form into
+overrides of a YAML file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from mmdit.experiment.config_keys import (
 )
 
 NONE = "none"  # the type of a section that is left out
-GIVEN = "given"  # the only type of a section that may be left out
-# Names of fields: a key's value, a section's type, and the type with which it was shown.
+GIVEN = "given"  # the only type of a section that is optional
+# Prefixes of field names: the value of a key, the type of a section, and the type with which the
+# section was shown.
 VALUE, TYPE, SHOWN_TYPE = "set:", "type:", "was:"
-REQUIRED = "must be given"  # where a default would stand
+REQUIRED = "must be given"  # shown in place of a default
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a section, with its value as YAML. `choices`: the words that may stand there."""
+    """One key of a section, with its value as YAML. `choices`: the values that are allowed, if they
+    can be listed."""
 
     path: str
     name: str
@@ -38,29 +40,31 @@ class Key:
     usual: str
     value: str
     choices: tuple[str, ...] = ()
-    inside: tuple[str, ...] = ()  # of a list of sections: the keys that each type has
+    inside: tuple[str, ...] = ()  # for a list of sections: the keys of each type
 
 
 @dataclass(frozen=True)
 class SectionForm:
-    """A section: its keys and inner sections. `types`: what it may be, where there is a choice."""
+    """A section: its keys and inner sections. `types`: the types that it can have, if there is a
+    choice."""
 
     path: str
     about: str
     chosen: str = ""
     types: tuple[str, ...] = ()
-    classes: tuple[type, ...] = ()  # of the types but `none`; of the whole form its root
+    classes: tuple[type, ...] = ()  # of all types but `none`; for the whole form, its root
     keys: list[Key] = field(default_factory=list)
     sections: list[SectionForm] = field(default_factory=list)
 
 
 def form_of(config: Any) -> SectionForm:
-    """Return the form of a whole configuration."""
+    """Return the form of a whole config."""
     return _section(type(config), config, "", "", classes=(type(config),))
 
 
 def _section(cls: type, config: Any, path: str, about: str, **choice: Any) -> SectionForm:
-    """Return the form of a section with the values of `config`; without, with the defaults."""
+    """Return the form of a section with the values of `config`, or with the defaults if that is
+    None."""
     form = SectionForm(path, about, **choice)
     hints = hints_of(cls)
     fields = {one.name: one for one in dataclasses.fields(cls)}
@@ -84,7 +88,7 @@ def default_of(one: dataclasses.Field) -> Any:
 
 
 def _inner(hint: Any, parts: list[type], value: Any, path: str, about: str) -> SectionForm:
-    """Return the form of a section, of whichever of its types it is now."""
+    """Return the form of an inner section, whichever type it now has."""
     types = tuple(part.type if len(parts) > 1 else GIVEN for part in parts)
     if type(None) in options(hint):
         types = (NONE, *types)
@@ -119,8 +123,8 @@ def _key(hint: Any, value: Any, path: str, about: str, usual: str) -> Key:
 
 # ── back ──────────────────────────────────────────────────────────────────────────────────────────
 def current_fields(fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields without those inside sections whose type was changed: they are of the old
-    type."""
+    """Return the fields without those inside sections whose type was changed: these belong to the
+    old type."""
     changed = [
         name.removeprefix(SHOWN_TYPE)
         for name, shown in fields.items()
@@ -136,14 +140,14 @@ def current_fields(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_types(form: SectionForm, fields: Mapping[str, str]) -> SectionForm:
-    """Return the form with the types that `fields` choose; what was changed has its defaults.
-    ConfigError: there is no such type."""
+    """Return the form with the types that `fields` choose; a section whose type changed has its
+    defaults. ConfigError if there is no such type."""
     inner = [with_types(_chosen(section, fields), fields) for section in form.sections]
     return dataclasses.replace(form, sections=inner)
 
 
 def _chosen(form: SectionForm, fields: Mapping[str, str]) -> SectionForm:
-    """Return a section with the type that `fields` choose."""
+    """Return a section with the type that `fields` choose for it."""
     chosen = fields.get(TYPE + form.path, form.chosen)
     if not form.types or chosen == form.chosen:
         return form
@@ -157,8 +161,9 @@ def _chosen(form: SectionForm, fields: Mapping[str, str]) -> SectionForm:
 
 
 def config_of(form: SectionForm, fields: Mapping[str, str]) -> Any:
-    """Return the configuration that the fields of a form say; what they leave out is as in `form`.
-    A section whose type was changed has the defaults of its new type. ConfigError: it cannot be."""
+    """Return the config that the fields of a form describe; keys without a field have the value in
+    `form`. A section whose type was changed has the defaults of its new type. ConfigError if it is
+    invalid."""
     fields, (root,) = current_fields(fields), form.classes
     return decode(root, _mapping(with_types(form, fields), fields))
 
@@ -177,7 +182,7 @@ def _mapping(form: SectionForm, fields: Mapping[str, str]) -> dict:
 
 
 def _value(path: str, text: str) -> Any:
-    """Return what the text of a field says in YAML; its lines are one."""
+    """Return the value of a field's text, read as YAML; line ends count as spaces."""
     text = " ".join(text.split("\n")).strip()
     try:
         return parse_value(text, "value")
@@ -186,9 +191,9 @@ def _value(path: str, text: str) -> Any:
 
 
 def overrides(path: str, old: Any, new: Any) -> list[str]:
-    """Return the words that turn the YAML file `path`, which says `old`, into `new`."""
+    """Return the overrides that turn the YAML file `path`, whose content is `old`, into `new`."""
     words, root = _words("", old, new), type(new)
-    # a section's own default may be of another type than the file's
+    # a section's default may be of another type than in the file
     if _loads(root, path, words) != new:
         words = []
         for name in keys(root):

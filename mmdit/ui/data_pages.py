@@ -1,5 +1,5 @@
-"""The pages about data: the caches that there are, what one holds, and the reports about data,
-memory and adapters."""
+"""The pages about data: the existing caches, the content of one, and the reports about data, memory
+and adapters."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mmdit.ui.job_requests import Workplace
 from mmdit.ui.templating import Templates
 
 DEPTH, MOST_ENTRIES, MOST_CACHES, MOST_ITEMS = 3, 2000, 100, 50
-REPORT = "inspect-cache"  # decodes samples, and says what training will make of a cache
+REPORT = "inspect-cache"  # it decodes samples, and says how training will use a cache
 
 
 class DataPages:
-    """`/data`: caches and reports; `/cache?path=…`: one cache."""
+    """The pages `/data`, with caches and reports, and `/cache?path=…`, for one cache."""
 
     def __init__(self, place: Workplace, templates: Templates):
         self.place, self.templates = place, templates
@@ -49,7 +49,8 @@ class DataPages:
         )
 
     def cache(self, request: Request) -> Response:
-        """Show what a cache holds: sizes, crops, captions, and what is not in it, with reasons."""
+        """Show the content of a cache: sizes, crops, captions, and which items were left out, with
+        reasons."""
         try:
             path = self.place.allowed.check(request.query_params.get("path", "").strip())
             facts = cache_facts(open_cache(path))
@@ -72,7 +73,8 @@ class DataPages:
 
 
 def find_caches(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """Yield the latent caches in a folder and its folders, without looking into one."""
+    """Yield the latent caches in a folder and its subfolders, down to `depth`; the inside of a
+    cache is not searched."""
     if os.path.isfile(folder / "manifest.json"):
         yield folder
         return
@@ -87,21 +89,21 @@ def find_caches(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def from_here(path: Path) -> str:
-    """Return a path as a person would type it in the working directory."""
+    """Return a path as a user in the working directory would type it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def names(job: Job, path: Path) -> bool:
-    """Return whether the command of a job names a folder."""
+    """Return whether an option in the command of a job names this folder."""
     values = [word.partition("=")[2] for word in job.words if word.startswith("--")]
     real = real_path(path)
     return any(real_path(expanded(value)) == real for value in values if value)
 
 
 def cache_facts(cache: LatentCache) -> dict:
-    """Return what a cache holds: a row for each size (width, height) and number of frames, the
-    crops, how many items were left out for which reason, the captions and some items."""
+    """Return the content of a cache: a row for each size (width, height) and number of frames, the
+    crops, how many items were left out for each reason, lengths of captions, and some items."""
     shapes = Counter(map(tuple, cache.shapes.tolist()))
     groups = Counter()
     for shape, count in shapes.items():

@@ -1,8 +1,8 @@
-"""Jobs as files beside the runs: `<runs>/.jobs/<number>/` holds what was asked for
-(job.json, written once), what has become of it (status.json, written by its runner) and log.txt.
+"""Keep jobs as files beside the runs: `<runs>/.jobs/<number>/` holds the request (job.json, written
+once), its progress (status.json, written by its runner) and log.txt.
 
-A runner is a process of its own session for each job (job_runner.py): jobs and their queue outlive
-the server, and a server that starts finds all of them.
+Each job has a runner, a process in a session of its own (job_runner.py): so jobs and their queue
+outlive the server, and a server that starts finds all of them.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from mmdit.ui.processes import is_alive, is_identity, terminate
 
 FOLDER = ".jobs"
 NAME = re.compile(r"\d{5,}")
-STOP = "stop"  # the file by which a runner that is not there yet is asked to stop
-STOPPED = (0, 130, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes of who was asked to stop
+STOP = "stop"  # a file that asks a runner to stop before it has reported
+STOPPED = (0, 130, -signal.SIGTERM, 128 + signal.SIGTERM)  # exit codes after a request to stop
 RUNNER = (sys.executable, "-m", "mmdit.ui.job_runner")
-START_SECONDS = 30  # in which a runner must have said that it is there
+START_SECONDS = 30  # within which a runner must have reported
 LOG_BYTES = 1 << 16
 UP = "\x1b[A"  # moves the cursor up by a line
 MOVES = re.compile(r"(\r|\n|\x1b\[A)")
 OTHER_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-LATEST = 1e11  # seconds: a later time is no time of a clock
-# What a job must not inherit: the token is for people.
+LATEST = 1e11  # seconds; no clock shows a later time
+# Not passed on to jobs: the token is for people.
 SECRETS = ("MMDIT_UI_TOKEN",)
 
 
 @dataclass(frozen=True)
 class Job:
-    """`words`: the command line behind `mmdit`. `device`: jobs that share one of these devices
-    wait for each other, those of none for nothing. `run` and `out`: the folders that it fills, if
-    any. `processes`: more than one are started by torchrun. `cwd`: the working directory; None in
-    files of earlier versions."""
+    """One job. `words`: the command line after `mmdit`. `device`: jobs that share one of these
+    devices wait for each other; a job without one waits for none. `run` and `out`: the folders that
+    it fills, if any. `processes`: if more than one, torchrun starts them. `cwd`: the working
+    directory; None in files of earlier versions."""
 
     id: str
     words: list[str]
@@ -65,12 +65,12 @@ class Job:
 
     @property
     def line(self) -> str:
-        """Return the command as a person would type it."""
+        """Return the command as a user would type it."""
         return command_line(self.words, self.processes)
 
     @property
     def argv(self) -> list[str]:
-        """Return the arguments of the process: no shell reads them."""
+        """Return the arguments of the process, which is started without a shell."""
         launcher: list[str] = []
         if self.processes > 1:
             launcher = ["-m", "torch.distributed.run", *_of_torchrun(self.processes)]
@@ -85,31 +85,31 @@ def command_line(words: list[str], processes: int = 1) -> str:
 
 
 def _of_torchrun(processes: int) -> list[str]:
-    """Return the options of torchrun for processes of this machine alone."""
+    """Return the options of torchrun for processes on this machine alone."""
     return ["--standalone", f"--nproc_per_node={processes}"]
 
 
 @dataclass(frozen=True)
 class JobState:
-    """`word`: queued, running, stopping, finished, stopped, failed or lost."""
+    """The state of a job. `word`: queued, running, stopping, finished, stopped, failed or lost."""
 
     word: str
     reason: str = ""
 
     @property
     def is_over(self) -> bool:
-        """Return whether nothing more will come."""
+        """Return whether the state is final."""
         return self.word in ("finished", "stopped", "failed", "lost")
 
 
 class JobStore:
-    """The jobs beside the runs of one folder."""
+    """The jobs that lie beside the runs of one folder."""
 
     def __init__(self, runs: Path):
         self.folder = runs / FOLDER
 
     def path(self, job: str) -> Path:
-        """Return the folder of a job. ValueError: there is none of that name."""
+        """Return the folder of a job. ValueError if there is no job of that name."""
         path = self.folder / job
         if not NAME.fullmatch(job) or not os.path.isfile(path / "job.json"):
             raise ValueError(f"there is no job {job!r}")
@@ -130,8 +130,8 @@ class JobStore:
         return read
 
     def read(self, job: str) -> Job:
-        """Return a job; what a later version says of it besides is left out. ValueError: there is
-        none of that name, or its file is none of ours."""
+        """Return a job; entries that a later version added are ignored. ValueError if there is no
+        job of that name, or its file was not written by this program."""
         path = self.path(job) / "job.json"
         try:
             row = json.loads(read_text(path))
@@ -151,13 +151,14 @@ class JobStore:
         return read
 
     def reserve(self) -> Path:
-        """Make the folder of a new job, into which its files may be written before it is added."""
+        """Make and return the folder of a new job, into which its files can be written before it is
+        added."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number = max(map(int, self.names()), default=0)
         while True:
             number += 1
             path = self.folder / f"{number:05d}"
-            with contextlib.suppress(FileExistsError):  # somebody took it at the same time
+            with contextlib.suppress(FileExistsError):  # another process took it at the same time
                 path.mkdir()
                 return path
 
@@ -171,8 +172,8 @@ class JobStore:
         processes: int = 1,
         cwd: str | None = None,
     ) -> Job:
-        """Start the job that goes into the reserved folder `path`; it waits for earlier jobs of its
-        devices. `cwd`: by default the present working directory."""
+        """Start the job of the reserved folder `path`; it waits for earlier jobs that share its
+        devices. `cwd`: the working directory, by default the present one."""
         cwd = cwd or os.getcwd()
         job = Job(path.name, words, device, time.time(), run, out, processes, cwd)
         write_atomically(path / "job.json", json.dumps(asdict(job), indent=1))
@@ -189,20 +190,20 @@ class JobStore:
         return job
 
     def status(self, job: str) -> dict:
-        """Return what the runner of a job has written."""
+        """Return the status that the runner of a job has written."""
         return read_status(self.folder / job)
 
     def state(self, job: Job) -> JobState:
-        """Return what has become of a job."""
+        """Return the state of a job."""
         status = self.status(job.id)
         if not status:
-            # the other way round as well: a clock may have been set back
+            # abs, because the clock may have been set back
             if abs(time.time() - job.created) < START_SECONDS:
                 return JobState("queued", "is being started")
             return JobState("lost", "its process never came to be; the log may say why")
         code, asked = status.get("exit"), status.get("stop_asked")
         if status.get("ended"):
-            # torchrun ends with 1 where a process was stopped before it could listen
+            # torchrun exits with 1 if a process is stopped before it can handle signals
             fine = (*STOPPED, 1) if job.processes > 1 else STOPPED
             return self._ended(job, code, bool(asked) and code in (*fine, None))
         if is_alive(status.get("child")):
@@ -224,8 +225,8 @@ class JobStore:
         return JobState("failed", self.last_error(job.id) or f"exit code {code}")
 
     def log(self, job: str) -> str:
-        """Return the end of what a job printed, as a terminal shows it: of a progress bar its last
-        state."""
+        """Return the end of a job's output, as a terminal would show it: for a progress bar, its
+        last state."""
         try:
             with (self.path(job) / "log.txt").open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
@@ -235,14 +236,14 @@ class JobStore:
         return as_shown(text)
 
     def last_error(self, job: str) -> str:
-        """Return the line of the log that says what went wrong."""
+        """Return the last line of the log that reports an error; without one, the last line."""
         lines = [line.strip() for line in self.log(job).splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or [""])[-1].removeprefix("error: ")
 
     def stop(self, job: str) -> None:
-        """Ask a job to stop: SIGTERM, upon which a training saves and ends. A runner that has not
-        said yet that it is there looks for a file when it has."""
+        """Ask a job to stop by SIGTERM, upon which a training saves and ends. A runner that has not
+        reported yet will find a file that asks it to."""
         if not self.status(job):
             (self.path(job) / STOP).touch()
         status = self.status(job)
@@ -253,14 +254,15 @@ class JobStore:
             terminate(child, self.read(job).processes > 1)
 
     def by_run(self) -> dict[Path, tuple[str, JobState]]:
-        """Return the newest job that trains into each run folder, with what has become of it."""
+        """Return, for each run folder, the newest job that trains in it, with its state."""
         newest = {Path(job.run): job for job in self.jobs() if job.run}
         return {run: (job.id, self.state(job)) for run, job in newest.items()}
 
 
 def as_shown(text: str) -> str:
-    """Return what a terminal shows of `text`: a line that is begun anew replaces what it was, and a
-    bar below another (tqdm) goes down to its line and up again. Colours are left out."""
+    """Return `text` as a terminal would show it: a line that is written again replaces the old one,
+    and a progress bar below another (tqdm) moves the cursor down to its line and up again. Colours
+    are dropped."""
     rows, row, begun = [""], 0, False
     for part in MOVES.split(text):
         if part == "\n":
@@ -277,7 +279,8 @@ def as_shown(text: str) -> str:
 
 
 def read_status(folder: Path) -> dict:
-    """Return status.json of a job folder, or nothing; what no runner writes is left out."""
+    """Return the content of status.json in a job folder, or an empty dictionary; entries that no
+    runner writes are dropped."""
     status = read_object(folder / "status.json")
     known = {name: status[name] for name in ("runner", "child") if is_identity(status.get(name))}
     for name in ("queued", "started", "stop_asked", "ended", "exit"):

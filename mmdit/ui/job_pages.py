@@ -1,4 +1,5 @@
-"""The pages about jobs: the list, a form for each command, one job with its log and its files."""
+"""The pages about jobs: the list, a form for each command, and one job with its log and its
+files."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class JobPages:
 
     # ── forms ──
     def new(self, request: Request) -> Response:
-        """Show the form of a command, check it, or start its job."""
+        """Show the form of a command, check what was filled in, or start its job."""
         fields = dict(request.query_params)
         if request.method == "POST":
             form = request.scope["form"]
@@ -97,7 +98,8 @@ class JobPages:
         )
 
     def _configs(self) -> list[str]:
-        """Return YAML files to begin with: those that ship, of the allowed folders, of runs."""
+        """Return YAML files from which to start: those that ship, those in the allowed folders,
+        those of runs."""
         names: list[str] = []
         for root in ROOTS:
             files = sorted((root / "configs").rglob("*.yaml"))
@@ -130,7 +132,7 @@ class JobPages:
             return self.place.store.read(request.path_params["job"])
 
     def _run_name(self, job: Job) -> str | None:
-        """Return the name of the run that the job fills, as soon as this server shows it."""
+        """Return the name of the run that the job fills, once this server shows that run."""
         root = self.runs.resolve()
         if job.run and Path(job.run).is_relative_to(root) and is_run(Path(job.run)):
             return utf8(Path(job.run).relative_to(root).as_posix())
@@ -157,12 +159,12 @@ class JobPages:
         try:
             with or_not_there():
                 self.place.store.stop(job.id)
-        except OSError as error:  # a full disk, or a job of another user
+        except OSError as error:  # a full disk, or another user's job
             return self.templates.problem(request, str(error))
         return RedirectResponse(f"/job/{job.id}", 303)
 
     def again(self, request: Request) -> Response:
-        """Start a job once more, which goes on where it was stopped."""
+        """Start a job again, to continue where it was stopped."""
         old = self._job(request)
         try:
             with or_not_there():
@@ -184,18 +186,19 @@ class JobPages:
 
 
 def rows_of(store: JobStore, jobs: list[Job]) -> list[dict]:
-    """Return jobs with what has become of them, the newest first."""
+    """Return jobs with their states, the newest first."""
     return [{"job": job, "state": store.state(job)} for job in reversed(jobs)]
 
 
 def pictures_of(job: Job) -> list[str]:
-    """Return the names of the pictures and videos in the folder that a job fills, sheets first."""
+    """Return the names of the pictures and videos in the folder that a job fills; sheets come
+    first."""
     try:
         names = os.listdir(job.out or "")
-    except OSError:  # it is not there, or nobody may look into it
+    except OSError:  # it does not exist, or cannot be read
         return []
     names = [name for name in names if Path(name).suffix.lower() in SHOWN_FILES]
-    names = [name for name in names if name == utf8(name)]  # no address leads to others
+    names = [name for name in names if name == utf8(name)]  # others fit into no address
     names.sort(key=lambda name: (name[:1].isdigit(), name))
     return names[:MOST_PICTURES]
 

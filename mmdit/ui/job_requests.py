@@ -1,4 +1,4 @@
-"""From the fields of a form to a job: checked, written down, started."""
+"""Turn the fields of a form into a job: check them, write its files, start it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from mmdit.ui.config_forms import (
 )
 from mmdit.ui.job_files import Job, JobStore, command_line
 
-# What a command writes beside its job if its option is left out: files, and folders without suffix.
+# Default paths, beside the job, of options that name outputs: files, and folders (without a
+# suffix).
 BESIDE = {
     "sample": {"out": "out"},
     "inspect-adapter": {"out": "out"},
@@ -34,7 +35,7 @@ BESIDE = {
     "plot-run": {"out": "curves.png"},
 }
 CONFIG_WORD = "--config="
-NEXT = "NUMBER"  # stands for the number of a job that is not there yet
+NEXT = "NUMBER"  # stands for the number of a job that does not exist yet
 PROMPTS = "prompts.txt"
 PROCESSES, MOST_PROCESSES = "nproc_per_node", 1024  # of torchrun, on this machine
 FOLDERS = ("out", "out_dir")  # options that name a folder to be filled
@@ -42,8 +43,8 @@ FOLDERS = ("out", "out_dir")  # options that name a folder to be filled
 
 @dataclass(frozen=True)
 class Command:
-    """What the pages know of a command. `parser` returns its parser; `about`: a sentence; `root`:
-    the class of its configuration, if it has one; `is_report`: it changes nothing; `distributed`:
+    """What the pages know about a command. `parser` returns its parser; `about`: a sentence;
+    `root`: the class of its config, if it has one; `is_report`: it changes nothing; `distributed`:
     torchrun may start several processes of it."""
 
     parser: Callable[[], argparse.ArgumentParser]
@@ -55,7 +56,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Workplace:
-    """What jobs are made of: the commands by name, the folders that are allowed, and the device
+    """Everything that jobs need: the commands by name, the folders that are allowed, and the device
     that `auto` means here."""
 
     store: JobStore
@@ -64,13 +65,13 @@ class Workplace:
     automatic: str = "cpu"
 
     def command(self, name: str) -> Command:
-        """Return a command. ValueError: it is not offered here."""
+        """Return a command. ValueError if it cannot be started from here."""
         if name not in self.commands:
             raise ValueError(f"{name!r} is not started from here")
         return self.commands[name]
 
     def named(self, reports: bool) -> dict[str, str]:
-        """Return the names of the reports, or of the other commands, with what each does."""
+        """Return the names of the reports, or of the other commands, with their summaries."""
         return {
             name: command.about
             for name, command in self.commands.items()
@@ -78,8 +79,8 @@ class Workplace:
         }
 
     def device(self, parser: argparse.ArgumentParser, given: str, processes: int) -> str | None:
-        """Return the devices for which a job waits, between commas; None for a command that uses
-        none. ValueError: several processes would share a GPU."""
+        """Return the devices for which a job waits, separated by commas; None for a command that
+        uses none. ValueError if several processes would share a GPU."""
         if not takes(parser, "device"):
             return None
         device = self.automatic if given in ("", "auto") else given
@@ -95,8 +96,9 @@ class Workplace:
 
 @dataclass
 class JobRequest:
-    """What a form asks for. `fields`: by name, `set:…` of the configuration apart. ValueError of
-    each method: what is wrong, for the person who filled the form."""
+    """The content of a filled-in form. `fields`: texts by field name; those of the config begin
+    with `set:`. A ValueError of any method says what is wrong, for the person who filled in the
+    form."""
 
     place: Workplace
     command: str
@@ -114,12 +116,13 @@ class JobRequest:
 
     @property
     def beside(self) -> dict[str, str]:
-        """Return the options whose files lie beside the job if they are left out."""
+        """Return the options whose files lie beside the job if no path is given, with their default
+        paths."""
         return BESIDE.get(self.command, {})
 
     @property
     def has_config(self) -> bool:
-        """Return whether the command reads a configuration."""
+        """Return whether the command reads a config."""
         return takes(self.parser, "config")
 
     @property
@@ -129,12 +132,12 @@ class JobRequest:
 
     @property
     def config_path(self) -> str:
-        """Return the YAML file that is the base of the configuration; it may not be chosen yet."""
+        """Return the YAML file on which the config is based; "" if none is chosen yet."""
         return self.fields.get("config", "")
 
     @property
     def processes(self) -> int:
-        """Return how many processes torchrun starts; 1 is none of torchrun's."""
+        """Return how many processes torchrun starts; 1 means without torchrun."""
         text = self.fields.get(PROCESSES, "").strip() or "1"
         if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
             raise ValueError(f"processes is {text!r}, must be a number from 1 to {MOST_PROCESSES}")
@@ -143,22 +146,22 @@ class JobRequest:
         return int(text)
 
     def base(self) -> Any:
-        """Return what the chosen YAML file says."""
+        """Return the config in the chosen YAML file."""
         path = self.place.allowed.check(self.config_path, "--config")
         return load(self.offer.root, path)
 
     def form(self) -> SectionForm:
-        """Return the form of the configuration, with the types of sections that were chosen."""
+        """Return the form of the config, with the chosen types of sections."""
         return with_types(form_of(self.base()), current_fields(self.fields))
 
     def config(self) -> Any:
-        """Return the configuration that was filled in, with every path in it looked at."""
+        """Return the config that was filled in, after checking every path in it."""
         config = config_of(form_of(self.base()), self.fields)
         self.place.allowed.check_config(config)
         return config
 
     def words(self, folder: Path) -> list[str]:
-        """Return the command line behind `mmdit` of a job in `folder`."""
+        """Return the command line, after `mmdit`, of a job in `folder`."""
         words = [self.command]
         if self.has_config:
             words += [CONFIG_WORD + (str(self._copy(folder) or self.config_path))]
@@ -168,13 +171,14 @@ class JobRequest:
         return words + words_of(self.options(), self._values(folder), self.place.allowed)
 
     def _copy(self, folder: Path) -> Path | None:
-        """Return where a job in `folder` keeps its YAML file: who edits that while the job waits
-        means another one. None: it ships, and stays as it is."""
+        """Return where a job in `folder` keeps a copy of its YAML file, which a user may edit while
+        the job waits. None if the file ships with the package and does not change."""
         path = expanded(self.config_path)
         return folder / f"config-{path.name}" if path.exists() else None
 
     def _free_overrides(self) -> list[str]:
-        """Return the overrides of a config that is stored in a checkpoint, a line each."""
+        """Return the overrides of a config that is stored in a checkpoint, one for each line of the
+        field."""
         lines = [line.strip() for line in self.fields.get("overrides", "").split("\n")]
         words = [line for line in lines if line]
         for word in words:
@@ -182,8 +186,8 @@ class JobRequest:
         return words
 
     def _values(self, folder: Path) -> Callable[[str], str]:
-        """Return what tells the value of an option: what a job writes lies beside it, and prompts
-        are a file, for which no letter is special."""
+        """Return a function that gives the value of an option: outputs of a job lie beside it, and
+        prompts are put into a file, in which no letter is special."""
         prompts = self._prompts()
 
         def value_of(name: str) -> str:
@@ -199,7 +203,7 @@ class JobRequest:
         return value_of
 
     def _prompts(self) -> list[str]:
-        """Return the prompts that were typed, of a command that reads them from a file as well."""
+        """Return the prompts that were typed, if the command can read them from a file as well."""
         if not (takes(self.parser, "prompts") and takes(self.parser, "prompts_file")):
             return []
         lines = [line.strip() for line in lines_of(self.fields.get("prompts", ""))]
@@ -213,8 +217,8 @@ class JobRequest:
         return command_line(self.words(self.place.store.folder / NEXT), self.processes)
 
     def start(self) -> Job:
-        """Start the job."""
-        self.preview()  # what is wrong leaves no folder behind
+        """Write the files of the job and start it."""
+        self.preview()  # any fault must be found before a folder is made
         device = self.place.device(self.parser, self.fields.get("device", ""), self.processes)
         folder = self.place.store.reserve()
         words = self.words(folder)
@@ -230,7 +234,8 @@ class JobRequest:
         return self.place.store.add(folder, words, device, run, self._out(folder), self.processes)
 
     def _out(self, folder: Path) -> str | None:
-        """Return the folder of which the job's page shows pictures and skipped items."""
+        """Return the folder whose pictures and skipped items the page of the job will show; None if
+        there is none."""
         for name in FOLDERS:
             given = self.fields.get(name, "").strip()
             if given and takes(self.parser, name):
@@ -241,8 +246,8 @@ class JobRequest:
 
 
 def again(place: Workplace, old: Job) -> Job:
-    """Start a job once more; it goes on where it was stopped: a training from its newest
-    checkpoint, and other commands with what is missing."""
+    """Start a job again, to continue where it was stopped: a training from its newest checkpoint,
+    other commands with what is missing."""
     parser, words = place.command(old.command).parser(), list(old.words)
     has_checkpoint = old.run is not None and bool(complete(Path(old.run)))
     if takes(parser, "resume") and has_checkpoint and "--resume" not in words:

@@ -1,7 +1,7 @@
-"""One job from its queue to its end: `python -m mmdit.ui.job_runner FOLDER`.
+"""Run one job from its queue to its end: `python -m mmdit.ui.job_runner FOLDER`.
 
-The runner waits for earlier jobs of its device, starts the command, passes SIGTERM on, and writes
-what became of it to status.json. It needs no server.
+The runner waits for earlier jobs on its devices, starts the command, passes SIGTERM on, and writes
+the job's progress to status.json. It needs no server.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Runner:
         self.job = self.store.read(folder.name)
         self.status: dict = {"runner": identity(os.getpid()), "queued": time.time()}
         self.asked, self.is_noted = False, False
-        self.passed: set[str] = set()  # jobs that need not be waited for, now and later
+        self.passed: set[str] = set()  # jobs that will never have to be waited for
 
     def note(self, **values) -> None:
-        """Write what is new beside the job. Of one whose folder was removed nothing is written:
-        the next job may have got its number."""
+        """Update the status, and write it beside the job. If the folder of the job was removed,
+        nothing is written: a new job may have got its number."""
         self.status |= values
         try:
             if self.store.read(self.folder.name) == self.job:
@@ -50,18 +50,19 @@ class Runner:
         write_atomically(self.folder / "status.json", json.dumps(self.status))
 
     def stop(self, number: int, frame: object) -> None:
-        """Remember that the job shall stop: it leaves the queue, or its command is asked to end."""
+        """Remember that the job was asked to stop: it then leaves the queue, or its command gets
+        SIGTERM."""
         self.asked = True
 
     def rest(self) -> None:
-        """Let some time pass, and write what could not be written."""
+        """Wait a moment, and retry a write that failed."""
         time.sleep(LOOK_SECONDS)
         if not self.is_noted:
             self.note()
 
     def waits(self) -> bool:
-        """Return whether an earlier job that shares a device is not over. Of thousands of jobs few
-        are looked at again."""
+        """Return whether an earlier job that shares a device is not over. Jobs that can no longer
+        matter are remembered, so that few of thousands are checked again."""
         names = (name for name in self.store.names() if int(name) < int(self.job.id))
         waits = False
         for name in filter(lambda name: name not in self.passed, names):
@@ -75,7 +76,7 @@ class Runner:
         return waits
 
     def run(self) -> None:
-        """Take the job to its end."""
+        """Run the job to its end."""
         signal.signal(signal.SIGTERM, self.stop)
         self.note()
         self.asked = self.asked or (self.folder / STOP).exists()
@@ -106,7 +107,7 @@ class Runner:
         self.end(child.returncode)
 
     def end(self, code: int) -> None:
-        """Write that the command ended with this exit code, when there is room."""
+        """Write that the command ended with this exit code, and retry until the disk has room."""
         self.note(ended=time.time(), exit=code)
         while not self.is_noted:
             self.rest()

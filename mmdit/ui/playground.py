@@ -17,17 +17,18 @@ from mmdit.ui.run_folders import find_runs
 from mmdit.ui.templating import Templates
 
 COMMAND = "sample"
-SHOWN = (  # options of `sample`, in this order; its own form has all
+SHOWN = (  # options of `sample`, in this order; the command's own form has all
     *("checkpoint", "lora", "lora_strength", "prompts", "negative", "width", "height", "frames"),
     *("steps", "solver", "guidance", "seed", "refine", "strength", "device"),
 )
-OTHER = ("checkpoint", "lora")  # in which the second model may differ, as `other_…`
+OTHER = ("checkpoint", "lora")  # options in which the second model may differ, as `other_…`
 EXAMPLE = "assets/moving_shapes_64.safetensors"
 MOST_JOBS, MOST_LETTERS = 4, 4000
 
 
 class Playground:
-    """Its page: the form, and under it what the jobs in the address have drawn."""
+    """The page of the playground: the form, and below it the samples of the jobs that its address
+    names."""
 
     def __init__(self, place: Workplace, templates: Templates, runs: Path):
         self.place, self.templates, self.runs = place, templates, runs
@@ -80,7 +81,8 @@ class Playground:
         return rows
 
     def _checkpoints(self) -> list[str]:
-        """Return what may be drawn with: runs with a checkpoint, exports, and the shipped model."""
+        """Return the models that can be used: runs with a checkpoint, exports, and the shipped
+        model."""
         runs = [
             run.folder for run in find_runs(self.runs) if os.path.isdir(run.folder / "checkpoints")
         ]
@@ -92,20 +94,20 @@ class Playground:
 
 
 def models_of(fields: dict[str, str]) -> list[dict[str, str]]:
-    """Return the fields of one job for each model: the second, if it is named, differs in its
-    checkpoint or adapter, and nothing else."""
+    """Return the fields of one job for each model. The second, if one is named, differs only in its
+    checkpoint or adapter."""
     first = {name: fields[name] for name in fields if name in SHOWN}
     others = {name: fields.get(f"other_{name}", "").strip() for name in OTHER}
     if not any(others.values()):
         return [first]
     second = first | {name: text for name, text in others.items() if text}
     if not others["lora"]:
-        second |= {"lora": "", "lora_strength": ""}  # without the adapter: before and after
+        second |= {"lora": "", "lora_strength": ""}  # no adapter: before and after
     return [second, first]
 
 
 def filled(fields: dict[str, str], jobs: list[str]) -> str:
-    """Return the address of the page with the form as it was, and the jobs under it."""
+    """Return the address of the page with the form filled in as it was, and these jobs below it."""
     names = [*SHOWN, *(f"other_{name}" for name in OTHER)]
     kept = [(name, fields[name]) for name in names if 0 < len(fields.get(name, "")) < MOST_LETTERS]
     return f"/playground?{urlencode([*kept, *(('job', job) for job in jobs)])}"

@@ -1,4 +1,4 @@
-"""The runs in a folder, how two of them differ, and which files processes hold."""
+"""Find the runs in a folder, how two of them differ, and which files are locked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOCKS = Path("/proc/locks")
 
 
 def find_runs(runs: Path) -> list[RunFolder]:
-    """Return the runs in a folder and in its folders, the newest first."""
+    """Return the runs in a folder and its subfolders, the newest first."""
     listed = []
     for pattern in ("*", "*/*"):
         for folder in runs.glob(pattern):
@@ -21,18 +21,18 @@ def find_runs(runs: Path) -> list[RunFolder]:
             try:
                 listed.append(RunFolder(runs, name))
             except ValueError:
-                continue  # a link that leads elsewhere
+                continue  # a link that leads outside
     return sorted(listed, key=lambda run: -modified(run.folder / "metrics.jsonl"))
 
 
 def config_difference(old: RunFolder, new: RunFolder) -> list[str]:
-    """Return `key: old → new` for each key in which two runs differ."""
+    """Return `key: old → new` for each key in which the configs of two runs differ."""
     return differences(old.config(), new.config())
 
 
 def held_locks() -> set[int] | None:
-    """Return the inodes of files that processes hold by a lock, without touching a lock: a training
-    that starts just now must get its own. None where the system does not say."""
+    """Return the inodes of the files that processes have locked; None if the system does not tell.
+    No lock is touched: a training that is just starting must get its own."""
     try:
         lines = LOCKS.read_text(encoding="utf-8").splitlines()
     except OSError:

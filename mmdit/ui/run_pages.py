@@ -1,4 +1,4 @@
-"""The pages about runs: the list, one run, several over each other."""
+"""The pages about runs: the list, one run, several runs in the same plots."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mmdit.ui.run_folders import config_difference, find_runs, held_locks
 from mmdit.ui.templating import NotThere, Templates, or_not_there
 
 SHOWN_FILES = {".png": "image/png", ".mp4": "video/mp4", ".gif": "image/gif"}
-MOST_RUNS = 8  # over each other
-FIGURES = {  # of the list: a heading and the name in metrics.jsonl
+MOST_RUNS = 8  # in the same plots
+FIGURES = {  # of the list: a heading and its name in metrics.jsonl
     "loss, running mean": "loss_ema_100",
     "validation": "val_loss",
     "samples/s": "samples_per_second",
@@ -30,7 +30,8 @@ FIGURES = {  # of the list: a heading and the name in metrics.jsonl
 
 
 def send_picture(path: Path) -> Response | None:
-    """Return a picture or video; None for any other file, which a browser might run."""
+    """Return a response with a picture or video; None for any other file, which a browser might
+    run."""
     media_type = SHOWN_FILES.get(path.suffix.lower())
     if media_type is None or not os.path.isfile(path):
         return None
@@ -38,7 +39,7 @@ def send_picture(path: Path) -> Response | None:
 
 
 def phase_of(record: dict) -> str:
-    """Return the words of a record: the phase of the alpha schedule, and the expert."""
+    """Return the texts in a record: the phase of the alpha schedule, and the expert."""
     words = [
         f"{name.replace('_', ' ')} {record[name]}"
         for name in sorted(record)
@@ -48,14 +49,14 @@ def phase_of(record: dict) -> str:
 
 
 def command_of(config: dict) -> str:
-    """Return the command that trains a run of this configuration."""
+    """Return the command that trains a run of this config."""
     if "reconstruction" in config:
         return "train-vtp"
     return "posttrain" if config.get("posttrain") else "train"
 
 
 class RunPages:
-    """`jobs` returns the newest job of each run folder, and what has become of it."""
+    """The pages. `jobs` returns the newest job of each run folder, with its state."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class RunPages:
         last = last_record(run.folder)
         step = last.get("step")
         state: RunState | JobState = run.state(last, held)
-        # its job knows how a process ended; of a run that goes on its own files know more
+        # the job knows how a process ended; for a run that is going on, its own files know more
         if (
             job
             and state.word != "running"
@@ -111,7 +112,7 @@ class RunPages:
         )
 
     def run(self, request: Request) -> Response:
-        """Show one run: state, curves, previews, configuration."""
+        """Show one run: state, curves, previews, config."""
         with or_not_there():
             run = RunFolder(self.runs, request.path_params["name"])
             other = request.query_params.get("against")
@@ -135,7 +136,7 @@ class RunPages:
         )
 
     def compare(self, request: Request) -> Response:
-        """Show several runs over each other, and how their configurations differ."""
+        """Show several runs in the same plots, and how their configs differ."""
         runs = self._chosen(request)
         first, *others = runs
         differences = {run.name: config_difference(first, run) for run in others}

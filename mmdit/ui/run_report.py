@@ -1,5 +1,5 @@
-"""One HTML file about a run, to be sent to others: pictures and curves lie inside it, it has no
-script, and it asks for nothing from a network."""
+"""Write one HTML file about a run that can be sent to others: it contains its pictures and curves,
+has no script, and loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mmdit.training.run_start import read_starts
 from mmdit.ui.run_folders import held_locks
 from mmdit.vtp_training.pretrain_config import PretrainConfig
 
-MEDIA_BYTES = 5_500_000  # of all pictures and clips; as base64 a third more, and 10 MB in all
-PREVIEWS, SHEET_SIDE = 8, 1400  # steps that are shown; pixels of the longer side of a sheet
+MEDIA_BYTES = 5_500_000  # of all pictures and clips; base64 adds a third; 10 MB in all
+PREVIEWS, SHEET_SIDE = 8, 1400  # steps to show; longer side of a sheet in pixels
 CLIP_SIDE, CLIP_FRAMES = 640, 24
 LONGEST_TEXT = 60_000
 STARTS_SHOWN = 50
@@ -42,11 +42,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass
 class RunReport:
-    """The page about the run in `folder`, as it is now: still going on, at its end, stopped or
+    """The page about the run in `folder`, in its present state: going on, at its end, stopped or
     failed."""
 
     folder: Path
-    left: int = field(init=False)  # bytes that pictures may still take
+    left: int = field(init=False)  # bytes that further pictures may take
 
     def __post_init__(self):
         folder = real_path(self.folder)
@@ -80,9 +80,9 @@ class RunReport:
         )
 
     def _head(self) -> str:
-        """Return what has become of the run, and its last figures."""
+        """Return the state of the run, and its last figures."""
         last: dict = {}
-        for record in self.records[-2:]:  # a tokenizer's training has two of a step
+        for record in self.records[-2:]:  # training of a tokenizer writes two for a step
             last = last | record if last.get("step") == record["step"] else record
         most = self.run.max_steps()
         state = self.run.state(last, held_locks())
@@ -101,7 +101,7 @@ class RunReport:
             return _block(str(error))
 
     def _samples(self) -> str:
-        """Return the previews of some steps, evenly chosen, the newest first."""
+        """Return the previews of some steps, evenly spread, the newest first."""
         listed = sheets_in(self.run.folder)
         if not listed:
             return ""
@@ -120,7 +120,7 @@ class RunReport:
         return "\n".join(shown)
 
     def _picture(self, path: Path, shares: int) -> str:
-        """Return a sheet as an element, within its share of the bytes that are left."""
+        """Return a sheet as an HTML element, within its share of the bytes that are left."""
         try:
             frames, _ = read_frames(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -128,7 +128,7 @@ class RunReport:
         return self._embedded(frames, SHEET_SIDE, shares, "samples")
 
     def _clip(self, path: Path, shares: int) -> str:
-        """Return a video as an animated picture."""
+        """Return a video as an HTML element with an animated picture."""
         try:
             frames, seconds = some_frames(path, CLIP_FRAMES)
         except (OSError, ValueError, ImportError, SyntaxError) as error:
@@ -139,9 +139,9 @@ class RunReport:
     def _embedded(
         self, frames: list[Image.Image], side: int, shares: int, title: str, duration: int = 0
     ) -> str:
-        """Return frames as a WebP inside an element, made smaller until it fits into one of
-        `shares` parts of the bytes that are left."""
-        allowed = self.left // (2 * shares)  # a sheet and a clip
+        """Return frames as an HTML element with a WebP inside. They are made smaller until they
+        take at most half of one of `shares` parts of the bytes that are left."""
+        allowed = self.left // (2 * shares)  # half, as there are a sheet and a clip
         while side >= 64:
             data = as_webp(frames, side, duration)
             if len(data) <= allowed:
@@ -160,7 +160,7 @@ class RunReport:
         return _block(str(starts[-1].get("data", ""))) if starts else ""
 
     def _starts(self) -> str:
-        """Return versions, commit and device of every start."""
+        """Return a table with versions, commit and device of every start."""
         rows = start_rows(self.run.folder)
         if len(rows) == 1:
             return _block(stored_versions(self.run.folder))
@@ -174,9 +174,9 @@ class RunReport:
 
 
 def defaults(stored: dict) -> dict:
-    """Return the config that has the defaults of the types that `stored` chooses, as plain data; of
-    all types' defaults where these do not go together without other keys."""
-    if "images" in stored and "reconstruction" in stored:  # the training of a tokenizer
+    """Return, as plain data, a config with the defaults of the types that `stored` chooses; with
+    the default types if the chosen ones need further keys."""
+    if "images" in stored and "reconstruction" in stored:  # the config of a tokenizer's training
         return encode(PretrainConfig())
     name = str(stored.get("experiment_name", "x"))
     chosen: dict = {}
@@ -195,6 +195,6 @@ def defaults(stored: dict) -> dict:
 
 
 def _block(text: str) -> str:
-    """Return text as it is, escaped; nothing of an empty one."""
+    """Return a text as an HTML element, escaped; "" if the text is empty."""
     text = shortened(text.strip(), LONGEST_TEXT)
     return f"<pre>{html.escape(text)}</pre>" if text else ""

@@ -1,4 +1,4 @@
-"""The application: every page behind the guard, and the socket that it listens on."""
+"""The application: every page behind the guard, and the socket on which it listens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STATIC = Path(__file__).parent / "static"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server was started with. `runs`: the folder of the runs."""
+    """The settings with which a server was started. `runs`: the folder of the runs."""
 
     runs: Path
     guard: Guard
@@ -80,7 +80,8 @@ def build_app(settings: Settings) -> ASGIApp:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one. ValueError: it cannot be had."""
+    """Return a listening socket; port 0 takes a free port. ValueError if the address is not
+    available."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -98,6 +99,6 @@ def address_of(listening: socket.socket) -> str:
 
 
 def serve_pages(app: ASGIApp, listening: socket.socket) -> None:
-    """Answer requests until the process is told to end. Nothing is logged of what is asked."""
+    """Answer requests until the process is told to end. Requests are not logged."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

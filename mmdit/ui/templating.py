@@ -1,4 +1,5 @@
-"""Pages from templates: every value is escaped, and every page knows the secret of its forms."""
+"""Render pages from templates: every value is escaped, and every page knows the secret of its
+forms."""
 
 from __future__ import annotations
 
@@ -15,24 +16,25 @@ from mmdit.ui.access import Guard
 
 
 def utf8(text: str) -> str:
-    """Return a text without letters that UTF-8 has not, as names of files may have: as "?"."""
+    """Return a text with "?" in place of characters that UTF-8 cannot encode, which names of files
+    may contain."""
     return text.encode("utf-8", "replace").decode()
 
 
 def address_part(value: str | dict[str, str]) -> str:
-    """Return a text as a part of an address, or a mapping as its query."""
+    """Return a text encoded as a part of an address, or a mapping as its query."""
     if isinstance(value, dict):
         return do_urlencode({name: utf8(text) for name, text in value.items()})
     return do_urlencode(utf8(value))
 
 
 class NotThere(Exception):
-    """Says that what an address names is not there."""
+    """Raised if the thing that an address names does not exist."""
 
 
 @contextlib.contextmanager
 def or_not_there() -> Iterator[None]:
-    """Raise NotThere for a ValueError about what a request names."""
+    """Turn a ValueError about what a request names into NotThere."""
     try:
         yield
     except ValueError as error:
@@ -54,7 +56,7 @@ class Templates:
         self.environment.filters["urlencode"] = address_part
 
     def page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
-        """Return a page made of the template `name`."""
+        """Return a page rendered from the template `name`."""
         common = {
             "form_secret": self.guard.form_secret,
             "needs_token": bool(self.guard.token),

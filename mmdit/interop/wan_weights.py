@@ -290,8 +290,8 @@ def load_dit(
     Tensors are read one by one into a model on the meta device.
 
     `encoding`: the matrices of the blocks are stored in it, to be frozen; for float8, those that
-    the file holds as float8 with a scale are kept as they are. `in_file`: all weights stay in their
-    files; `unpack_weights` must read them before anything is computed.
+    the file holds as float8 are kept as they are. `in_file`: all weights stay in their files;
+    `unpack_weights` must read them before anything is computed.
 
     ValueError, in one sentence: nothing there, shards missing, a file cut off or with code in it,
     quantised weights, not a Wan transformer, config.json of another model, the wrong expert,
@@ -327,7 +327,7 @@ def load_dit(
     inferred = infer_config(shapes, place)
     folder = (
         place.parent if place.name.startswith(WEIGHTS) else place
-    )  # of a release's own file its config.json counts, too
+    )  # for a release's own weight file, the config.json beside it counts, too
     config = read_config(folder, inferred)
     if not config.num_heads:
         raise ValueError(

@@ -303,6 +303,12 @@ def test_every_form_has_its_commands():
     (_, call) = uses_elsewhere(replace(low, expert="low"), "p")
     assert "weight_name='x', load_into_transformer_2=True)" in call
     assert "transformer_2" not in uses_elsewhere(replace(low, expert="high"), "p")[1]
+    whole = replace(low, expert="low", is_lora=False)
+    assert uses_elsewhere(whole, "p") == [
+        "It takes the place of the folder `transformer_2` in its release."
+    ]
+    (place,) = uses_elsewhere(replace(whole, form="official", expert="high"), "p")
+    assert "`high_noise_model`" in place and commands_for(whole, "", "p") == []
     i2v = {"tokenizer": {"picture": "first_last"}}
     both = "--prompts p --image first.png --image last.png --out samples"
     assert both in commands_for(made("mmdit", i2v), "", "p")[0]

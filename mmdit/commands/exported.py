@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmdit.commands.card_text import fenced
+from mmdit.interop.wan_weights import EXPERT_FOLDERS
 from mmdit.privacy import NEEDED, is_local, last_part
 from mmdit.shipped import shipped_path
 
@@ -60,6 +61,8 @@ def commands_for(exported: Exported, base: str, prompt: str, place: str = "") ->
             if exported.expert:
                 lines[-1] += f" model.expert={exported.expert}"
         return lines
+    if exported.expert:  # alone it is no model: see `uses_elsewhere`
+        return []
     lines = [f"{train} model.name_or_path={name}"]
     if exported.form == "release":
         lines.insert(0, f"mmdit sample --checkpoint {name} --prompts {asked} --out samples")
@@ -109,6 +112,9 @@ def uses_elsewhere(exported: Exported, prompt: str) -> list[str]:
             " is written with `--expert`."
         )
         return [said]
+    if exported.expert and not exported.is_lora:
+        place = EXPERT_FOLDERS[exported.expert][exported.form == "diffusers"]
+        return [f"It takes the place of the folder `{place}` in its release."]
     if not exported.is_lora or (exported.config.get("model") or {}).get("type") != "wan":
         return []
     if exported.form in ("kohya", "comfy"):

@@ -11,7 +11,7 @@ import torch
 
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.posttrain.evaluation import Evaluator
-from mmdit.posttrain.online import step_terms
+from mmdit.posttrain.online import online_epoch, step_terms
 from mmdit.posttrain.posttrain_config import (
     DPOConfig,
     KLConfig,
@@ -495,9 +495,21 @@ def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
     assert ends[0.03, 1]["drift"] < ends[0.0, 1]["drift"] / 5
 
 
+def test_the_deviation_of_ratios_is_that_of_all_samples(tmp_path):
+    """Report it alike for any micro-batches: of one sample alone it would be 0."""
+    reported = []
+    for size in (1, 4):
+        few = {"prompts_per_epoch": 2, "group_size": 4, "micro_batch": size, "evaluated": 4}
+        running = session(tmp_path, algorithm="grpo", updates_per_epoch=2, **few)
+        reported.append(online_epoch(running)["log_ratio_std"])
+    assert reported[0] > 0 and reported[0] == pytest.approx(reported[1], rel=1e-3)
+
+
 # ── C6: SRPO ──────────────────────────────────────────────────────────────────────────────────────
 def test_micro_batches_of_srpo_add_up_to_the_mean(tmp_path):
     """AdamW would hide a wrong sum, but the norm that is clipped would be another one."""
+
+    spreads = []
 
     def norm(size: int, prompts: int = 32, alike: bool = False) -> float:
         settings = SRPO | {"srpo": words(), "micro_batch": size, "prompts_per_epoch": prompts}
@@ -505,9 +517,12 @@ def test_micro_batches_of_srpo_add_up_to_the_mean(tmp_path):
         if alike:  # all samples share their noise, too: then they are one sample
             running.prompts = Prompts(["class 1"] * len(running.prompts))
             running.text = running.encode(running.prompts.captions)
-        return srpo_updates(running)()["grad_norm"]
+        values = srpo_updates(running)()
+        spreads.append(values["latent_std"])
+        return values["grad_norm"]
 
     assert norm(8) == pytest.approx(norm(32), rel=1e-3)
+    assert spreads[0] == pytest.approx(spreads[1], rel=1e-5)  # a stop rule compares it
     assert norm(32, alike=True) == pytest.approx(norm(8, 8, alike=True), rel=1e-3)
 
 

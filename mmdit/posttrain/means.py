@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 from mmdit.training.distributed import World
+
+SQUARE = "_square"  # behind the name of a number: the mean of its squares
 
 
 class Means:
@@ -36,4 +39,15 @@ class Means:
         for name in dict.fromkeys(name for part in parts for name in part):
             there = [part[name] for part in parts if name in part]
             means[name] = sum(total for total, _ in there) / sum(weight for _, weight in there)
+        for name in [name for name in means if name.endswith(SQUARE)]:
+            plain = name.removesuffix(SQUARE)
+            variance = means.pop(name) - means.pop(plain) ** 2
+            means[f"{plain}_std"] = math.sqrt(max(0.0, variance))
         return means
+
+
+def moments(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Return what `Means` needs to report the standard deviation of `values` as `<name>_std`,
+    whatever micro-batches they come in."""
+    values = values.detach()
+    return {name: values.mean(), f"{name}{SQUARE}": values.square().mean()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain import dynamics, losses
 from mmdit.posttrain.advantages import advantages
-from mmdit.posttrain.means import Means
+from mmdit.posttrain.means import Means, moments
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.trajectory import Rollout
 from mmdit.rng import Draws
@@ -137,8 +137,8 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
         numbers = {
             "clip_share": ((off < low) | (off > high)).float().mean(),
             "ratio_off": off.abs().max(),
-            "log_ratio_std": log_ratio.detach().std(correction=0),
             "policy_loss": loss.detach(),
+            **moments("log_ratio", log_ratio),
         }
         if config.kl.beta:
             v_reference = reference(x, t)
@@ -181,7 +181,7 @@ def sample_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Itera
             error, old = losses.matching(v, clean, noise), losses.matching(v_old, clean, noise)
             log_ratio = losses.awm_log_ratio(error, old, sigma, config.awm.weighting)
             loss = losses.clipped(log_ratio, advantage, *config.ratio.clip).mean()
-            numbers["log_ratio_std"] = log_ratio.detach().std(correction=0)
+            numbers |= moments("log_ratio", log_ratio)
             if config.awm.ema_kl:
                 v_averaged = policy.velocity(text, policy.averaged())(x, sigma)
                 numbers["ema_kl"] = gap = dynamics.mean_d((v - v_averaged).square()).mean()

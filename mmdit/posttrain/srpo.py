@@ -69,7 +69,7 @@ def srpo_updates(session: Session) -> Callable[[], dict[str, float]]:
                 loss.backward()
                 numbers[f"score_{branch}"].append(score.detach().float())
                 numbers[f"active_{branch}"].append(ascends.float())
-                numbers["latent_std"].append(recovered.detach().std()[None])
+                numbers["latent_std"].append(recovered.detach().flatten(1).std(1))
         means = torch.stack([torch.cat(values).mean() for values in numbers.values()])
         world.sum_(means)
         report = dict(zip(numbers, (means / world.size).tolist()))

@@ -401,6 +401,9 @@ def test_adapters_of_a_base_that_was_trained_too_are_not_handed_on_as_the_whole(
         export.main(["--checkpoint", str(run), "--out", str(out), "--lora", "comfy"])
         told = capsys.readouterr().out
         assert ("its base was trained, too" in told) == ("--merge" in told) == (alone == "false")
+        assert ("its text encoder was trained, too" in told) == (alone == "false")
+        card = out.with_suffix(".md").read_text(encoding="utf-8")
+        assert ("encoder was trained with it, and is not in it" in card) == (alone == "false")
 
 
 def test_options_and_overrides_may_be_mixed(shop):

@@ -873,6 +873,16 @@ def test_export_takes_the_expert_that_was_trained_and_says_so(pair, runs, tmp_pa
     )
 
 
+def test_a_transformer_whose_text_encoder_was_trained_is_not_written_as_the_whole(
+    shop, tmp_path, capsys
+):
+    words = ["model.freeze=true", "text_encoder.freeze=false", "train.max_steps=1"]
+    run = shop.train("words_alone", *words)
+    capsys.readouterr()
+    export.main(["--checkpoint", str(run), "--out", str(tmp_path / "x"), "--layout", "official"])
+    assert "its text encoder was trained, too" in capsys.readouterr().out
+
+
 def test_what_is_trained_of_one_expert_s_folder_is_exported_without_the_other(tmp_path, capsys):
     shop = Shop(tmp_path, pair=True)
     place = shop.release / "high_noise_model"

@@ -113,6 +113,8 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
         for name, parameter in model.named_parameters()
         if is_adapter(name) == bool(args.lora)
     ]
+    weights = pipeline.learner.text_encoder.parameters()
+    trained_encoder = not config.posttrain and any(weight.requires_grad for weight in weights)
     exported = Exported(
         Path(args.out),
         args.lora or args.layout,
@@ -123,6 +125,7 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
         is_lora=bool(args.lora),
         is_pair=len(model.networks()) > 1,
         expert=choice.name if config.model.released else None,
+        without_encoder=trained_encoder,
     )
     lines = [": ".join([f"wrote {args.out}", said]) if said else f"wrote {args.out}"]
     if args.layout and config.model.dtype in ENCODINGS:
@@ -135,6 +138,12 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
         lines.append(
             "  its base was trained, too (lora.train_lora_only: false), and is not in it: laid over"
             f" another base it draws something else; {remedy} writes the whole"
+        )
+    if trained_encoder:
+        lines.append(
+            "  its text encoder was trained, too (text_encoder.freeze: false), and is not in it:"
+            " with another one it draws something else; mmdit export without --lora and --layout"
+            " writes what was trained of both"
         )
     return exported, lines
 

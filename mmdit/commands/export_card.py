@@ -196,6 +196,8 @@ class Card:
         weights = ", the last weights." if exported.raw else ", the average of its weights."
         averaged = self.run is not None and (self.config.get("ema") or {}).get("enabled")
         step += (weights if averaged else ".") if step else ""
+        if exported.without_encoder:
+            began += " Its text encoder was trained with it, and is not in it."
         return f"{what}. It was written by mmdit {mmdit.__version__}.{step}{began}"
 
     def _base_in_words(self) -> str:

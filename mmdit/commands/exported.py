@@ -33,6 +33,7 @@ class Exported:
     raw: bool = False
     is_pair: bool = False
     expert: str | None = None
+    without_encoder: bool = False
     command: str = ""
 
 

@@ -114,7 +114,7 @@ def _write_network(args: argparse.Namespace) -> tuple[Exported, list[str]]:
         if is_adapter(name) == bool(args.lora)
     ]
     weights = pipeline.learner.text_encoder.parameters()
-    trained_encoder = not config.posttrain and any(weight.requires_grad for weight in weights)
+    trained_encoder = any(weight.requires_grad for weight in weights)
     exported = Exported(
         Path(args.out),
         args.lora or args.layout,

@@ -455,6 +455,22 @@ def test_jobs_that_ended_are_looked_at_once(tmp_path, monkeypatch):
     assert read == ["00001", "00002", "00003", "00001"]
 
 
+def test_a_job_waits_for_one_before_it_that_is_still_being_written(tmp_path):
+    """Two browsers start jobs at once: the first has its number, and its form is still read."""
+    store = JobStore(tmp_path)
+    first, second = store.reserve(), store.reserve()
+    row = {"id": second.name, "words": ["x"], "device": "cpu", "created": time.time()}
+    (second / "job.json").write_text(json.dumps(row))
+    runner = Runner(second)
+    assert runner.waits()
+    (second / "job.json").write_text(json.dumps(row | {"device": None}))
+    assert not Runner(second).waits()
+    os.utime(first, (1.0, 1.0))  # it never came to be
+    assert not runner.waits()
+    (first / "job.json").write_text(json.dumps(row | {"id": first.name, "device": "cuda:0"}))
+    assert not runner.waits()
+
+
 def test_a_link_out_of_the_folders_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to("/etc")

@@ -162,6 +162,14 @@ class JobStore:
                 path.mkdir()
                 return path
 
+    def is_being_made(self, job: str) -> bool:
+        """Return whether a folder was reserved a moment ago for a job that is not written yet."""
+        folder = self.folder / job
+        with contextlib.suppress(OSError):
+            age = time.time() - folder.stat().st_mtime
+            return abs(age) < START_SECONDS and not (folder / "job.json").exists()
+        return False
+
     def add(
         self,
         path: Path,

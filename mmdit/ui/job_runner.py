@@ -66,6 +66,9 @@ class Runner:
         names = (name for name in self.store.names() if int(name) < int(self.job.id))
         waits = False
         for name in filter(lambda name: name not in self.passed, names):
+            # its device is known in a moment; both would take it for free
+            if self.job.devices and self.store.is_being_made(name):
+                waits = True
             with contextlib.suppress(ValueError):
                 job = self.store.read(name)
                 shared = bool(job.devices & self.job.devices)

@@ -15,11 +15,19 @@ from mmdit.data.moving_shapes.latents import cache_moving_shapes
 from mmdit.data.moving_shapes.prepare import Recipe, prepare_samples
 from mmdit.diffusion import SamplerConfig, build_objective
 from mmdit.models import VideoMMDiTConfig, build_model
+from mmdit.pixels import to_shown
 from mmdit.text_encoders import ByteLevelConfig, build_text_encoder
 from mmdit.tokenizers import DummyTokenizerConfig, build_tokenizer
 from mmdit.training import pipeline as pipeline_module
 from mmdit.training.learner import Learner
-from mmdit.training.media import contact_sheet, grid_video, save_video
+from mmdit.training.media import (
+    contact_sheet,
+    grid_video,
+    read_back,
+    read_frames,
+    save_sample,
+    save_video,
+)
 from mmdit.training.pipeline import Pipeline, SampleSettings, evaluating
 from mmdit.training.requests import Request, batches
 from mmdit.training.samples import SampleFolder
@@ -166,6 +174,14 @@ def test_video_is_readable_and_falls_back_to_animated_png(tmp_path, monkeypatch)
     monkeypatch.setattr(builtins, "__import__", without_av)
     path = save_video(clip, tmp_path / "other.mp4", fps=8)
     assert path.suffix == ".png" and Image.open(path).n_frames == 6
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 0, 1, 1, 0], [1, 1]])
+def test_an_animated_picture_keeps_frames_that_repeat(tmp_path, numbers):
+    clip = torch.rand(2, 3, 16, 17)[numbers]
+    path = save_sample(clip, tmp_path / "clip", fps=8)
+    assert path.suffix == ".png" and torch.equal(read_back(path), to_shown(clip))
+    assert read_frames(path)[1] == len(numbers) / 8
 
 
 def test_a_grid_of_clips_keeps_each_in_its_place():

@@ -191,6 +191,9 @@ def save_video(clip: Tensor, path: Path, fps: int, facts: Mapping[str, Any] | No
     if not h264() or frames.shape[-2] % 2 or frames.shape[-1] % 2:  # it halves the grid of colours
         path = path.with_suffix(".png")
         first, *rest = map(_image, frames)
+        # Pillow leaves out a frame that equals the one before it, unless the two are drawn in other
+        # ways: opaque pictures look the same in either
+        repeats = (frames[1:] == frames[:-1]).flatten(1).all(1)
         with open_atomically(path) as file:
             first.save(
                 file,
@@ -199,6 +202,7 @@ def save_video(clip: Tensor, path: Path, fps: int, facts: Mapping[str, Any] | No
                 append_images=rest,
                 duration=round(1000 / fps),
                 loop=0,
+                blend=[0, *(repeats.cumsum(0) % 2).tolist()],
                 pnginfo=_png_text(facts),
             )
         return path

@@ -415,6 +415,13 @@ def test_what_was_fetched_is_known_again(tmp_path):
     first, second = uses_of(tmp_path)
     assert first.startswith("mmdit sample --checkpoint Wan2.1-T2V-1.3B --lora ")
     assert f"train.init_from='{tmp_path}/a b.safetensors'" in second
+    card = "---\nbase_model: Wan-AI/Wan2.2-T2V-A14B\n---\n"
+    for more, name in (("", "a_low_noise"), ("for the low-noise expert of x", "a b")):
+        (tmp_path / "README.md").write_text(card + more)
+        next(tmp_path.glob("*.safetensors")).rename(tmp_path / f"{name}.safetensors")
+        first, second = uses_of(tmp_path)
+        assert " --lora_low " in first and second.endswith("lora.enabled=true model.expert=low")
+    (tmp_path / "README.md").write_text("---\nbase_model: Wan-AI/Wan2.1-T2V-1.3B\n---\n")
     (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
     assert uses_of(tmp_path)[0].endswith(f"model.name_or_path={tmp_path}")
     (tmp_path / "transformer").mkdir()

@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmdit.commands.hub import READ, check_repository, explain_hub_errors, open_
 from mmdit.commands.push import front_matter
 from mmdit.files import flush_to_disk, hashed, lock, refuse_link, remove
 from mmdit.foreign import read_json
+from mmdit.interop.wan_weights import expert_in_name
 from mmdit.terminal import shown
 from mmdit.training.samples import check_writable
 from mmdit.weights import INDEX
@@ -144,6 +146,9 @@ def _is_whole(path: Path, entry: Any) -> bool:
         return hashed(begun, file).hexdigest() == _expected(entry)
 
 
+OF_EXPERT = re.compile(r"\bthe (high|low)-noise expert of ")  # in cards of `mmdit export`
+
+
 def is_read(name: str) -> bool:
     """Return whether a file of a repository is fetched: mmdit reads files of this type, and its
     name cannot lead out of the folder."""
@@ -194,15 +199,20 @@ def _transformer(path: Path, config: Path, form: str) -> Exported | None:
 def uses_of(out: Path, others: Container[str] = ()) -> list[str]:
     """Return commands that use what was fetched into a folder; `others` are files there that were
     not fetched."""
-    card, base = out / "README.md", ""
+    card, base, expert = out / "README.md", "", None
     if card.is_file():
         with contextlib.suppress(ValueError):  # somebody else's card, which is then ignored
             text = card.read_text(encoding="utf-8", errors="replace")
             base = front_matter(text).get("base_model", "")
+            expert = OF_EXPERT.search(text)
     lines: list[str] = []
     fetched = [path for path in sorted(out.glob("*.safetensors")) if path.name not in others]
     for path in [out, *fetched]:
         what = recognise(path)
+        if what is not None and expert:
+            what = replace(what, expert=expert[1])
+        elif what is not None and what.is_lora and "A14B" in str(base):
+            what = replace(what, expert=expert_in_name(path))
         if what is not None:
             lines += commands_for(what, base, "a prompt", str(path))
             if path == out:

@@ -788,7 +788,7 @@ def test_the_documented_commands_run(tmp_path, monkeypatch, capsys):
     assert call(f"{compare} --data 'shards/*.tar' --limit 4") == 0
     assert "0004" in capsys.readouterr().out  # which is not among the first four
     (tmp_path / "data/cache/from_tars").rename(tmp_path / "data/cache/mine")
-    (command,), code = documented("**For others.**")
+    (command,), code = documented("**For other programs.**")
     assert call(command) == 0
     assert len(open_cache("data/cache/mine_tars")) == 5
     if not importlib.util.find_spec("webdataset"):

@@ -329,6 +329,27 @@ def test_lines_that_somebody_edited_are_kept_when_they_are_written_anew(tmp_path
         assert ("v.before-" in capsys.readouterr().out) == bool(lines)
 
 
+def test_frames_of_one_list_are_not_replaced_by_those_of_another(tmp_path, capsys):
+    """Write frames of two lists that share an id but not its video into one folder; a video that
+    changed is its own successor, whatever lists name it."""
+    words = ["--out_dir", str(tmp_path / "out"), "--fps", "10", "--meta_jsonl"]
+    lists = {}
+    for split, shift in (("train", 0), ("val", 1)):
+        (tmp_path / split).mkdir()
+        write_video(tmp_path / split / "a.mp4", np.arange(6) / 30 + shift)
+        row = {"id": "a", "video_path": "a.mp4", "caption": split}
+        lists[split] = str(write_meta(tmp_path / split, [row], f"{split}_videos.jsonl"))
+    frame = tmp_path / "out/frames_10fps/a/000000.png"
+    assert frames_script.main([*words, lists["train"]]) == 0
+    before = frame.read_bytes()
+    expected = ("out/train_videos.jsonl names", "val/a.mp4", "name another --out_dir")
+    refused(capsys, frames_script.main, [*words, lists["val"]], *expected)
+    assert frame.read_bytes() == before and not (tmp_path / "out/val_videos.jsonl").exists()
+    same = str(shutil.copy(lists["train"], tmp_path / "train/all.jsonl"))
+    write_video(tmp_path / "train/a.mp4", np.arange(6) / 30 + 2)
+    assert frames_script.main([*words, same]) == 0 and frame.read_bytes() != before
+
+
 def test_a_full_disk_ends_the_extraction_and_drops_no_clip(tmp_path, capsys, monkeypatch):
     """The lines of an earlier run stay, and no clip is called unusable."""
     rows = [{"id": id, "video_path": f"{id}.mp4", "caption": ""} for id in "ab"]

@@ -70,7 +70,8 @@ def test_a_picture_exchanged_for_one_of_equal_size_and_time_is_encoded_anew(tmp_
     picture(path, BLUE)
     with_times_of(path, old)
     assert path.stat().st_size == old.st_size and path.stat().st_mtime_ns == old.st_mtime_ns
-    assert again(tmp_path, meta)[1] == 1 and colours(tmp_path) == {"a": "blue"}
+    report, encoded = again(tmp_path, meta)
+    assert encoded == 1 and colours(tmp_path) == {"a": "blue"} and not report.replaced
     assert again(tmp_path, meta)[1] == 0
 
 
@@ -82,7 +83,8 @@ def test_an_id_that_names_another_source_of_equal_size_is_encoded_anew(tmp_path,
             os.utime(file, (0, 0))
     end = "" if kind == "video" else "/1.bmp"
     run(meta_of(tmp_path, a=f"one{end}"), tmp_path / "cache", kind=kind)
-    assert again(tmp_path, meta_of(tmp_path, "y", a=f"two{end}"), kind)[1] == 1
+    report, encoded = again(tmp_path, meta_of(tmp_path, "y", a=f"two{end}"), kind)
+    assert encoded == 1 and "made from other files (for example a)" in report.text()
     assert colours(tmp_path) == {"a": "blue"} and open_cache(tmp_path / "cache").captions == ["y"]
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mmdit.data.dataset.records import Record, read_records
-from mmdit.data.dataset.sources import extract_frames
+from mmdit.data.dataset.sources import extract_frames, is_of_another_video
 from mmdit.data.dataset.written_lines import write_lines
-from mmdit.files import clean, held_folder, is_full, real_path
+from mmdit.files import clean, held_folder, is_full, objects_in, read_text, real_path
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.arguments import number
 
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         records = read_records(args.meta_jsonl, "video", prefer="video_path")
         refusal = f"another process is writing frames into {args.out_dir}; wait for it"
         with held_folder(args.out_dir, refusal):
+            refuse_shared_ids(records, out, args.fps)
             lines, skipped = write_frames(records, args.out_dir, args.fps, args.format)
             if not lines:
                 raise ValueError(
@@ -51,16 +52,39 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def refuse_shared_ids(records: list[Record], out: Path, fps: float) -> None:
+    """Raise ValueError if frames would be replaced by those of another video, and another file of
+    lines beside `out` names them."""
+    named = {
+        str(row.get("frames_dir")): path
+        for path in sorted(out.parent.glob("*.jsonl"))
+        for row in objects_in(read_text(path, "replace"))
+        if path != out and ".before-" not in path.name
+    }
+    for record in records:
+        place = frames_of(record.id, fps)
+        if place in named and is_of_another_video(record, out.parent / place, fps):
+            raise ValueError(
+                f"{out.parent / place} holds the frames of another video with the id {record.id!r},"
+                f" which {named[place]} names, and would be replaced by those of {record.path}:"
+                " name another --out_dir"
+            )
+
+
+def frames_of(id: str, fps: float) -> str:
+    """Return the folder of a clip's frames, relative to the folder of its line."""
+    return f"frames_{fps:g}fps/{id}"
+
+
 def write_frames(
     records: list[Record], out_dir: Path, fps: float, suffix: str
 ) -> tuple[list[str], list[str]]:
     """Write the frames of each clip. Return the lines of the clips that could be used, and the
     reasons why others could not. OSError if the disk is full."""
     lines, skipped = [], []
-    top = out_dir / f"frames_{fps:g}fps"
-    clean(top)
+    clean(out_dir / frames_of("", fps))
     for record in tqdm(records, desc=f"writing {out_dir}", unit="clip"):
-        folder = top / record.id
+        folder = out_dir / frames_of(record.id, fps)
         try:
             frames = extract_frames(record, folder, fps, suffix)
         except (OSError, ValueError) as error:

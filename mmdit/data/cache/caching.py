@@ -38,7 +38,7 @@ from mmdit.data.dataset.inputs import dealt
 from mmdit.data.dataset.jpegs import import_torchvision
 from mmdit.data.dataset.problems import Damaged, Skip, Unusable, list_skipped
 from mmdit.data.dataset.records import Media, Record
-from mmdit.data.dataset.stamps import compare_stamp
+from mmdit.data.dataset.stamps import compare_stamp, is_elsewhere
 from mmdit.data.dataset.workers import helper_count, helping_processes
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
@@ -242,6 +242,8 @@ class Caching:
         same_picture = [
             entry for entry in entries if entry.source.get("stamp") == source.get("stamp")
         ]
+        if state == "changed" and is_elsewhere(record.source, source.get("stamp")):
+            self.report.replaced.append(record.id)
         if state == "changed" or len(same_picture) < len(wanted):
             return False
         # items that a kill between two crops left

@@ -20,6 +20,7 @@ class CacheReport:
     renewed: int = 0  # of those, moved or with other file times, but with the same bytes
     old_stamps: int = 0  # of those, unchanged as far as the notes of an older version can tell
     gone: list[str] = field(default_factory=list)  # of those, records whose source no longer exists
+    replaced: list[str] = field(default_factory=list)  # records whose ids another file had
     removed: int = 0  # items removed because their source was replaced or is unusable
     damaged: dict[str, Damaged] = field(default_factory=dict)  # id → why it could not be read
     strangers: list[str] = field(default_factory=list)  # items that belong to no record
@@ -75,6 +76,12 @@ class CacheReport:
             lines.append(
                 f"{len(self.gone)} records keep what was cached of them, their files are gone (for"
                 f" example {self.gone[0]})"
+            )
+        if self.replaced:
+            lines.append(
+                f"{len(self.replaced)} records have the ids of items that were made from other"
+                f" files (for example {self.replaced[0]}), and replace them: data sets that share"
+                " ids need a cache each"
             )
         if self.removed:
             lines.append(

@@ -34,7 +34,7 @@ from mmdit.data.dataset.records import (
     decoded_object,
     text_captions,
 )
-from mmdit.data.dataset.stamps import compare_stamp, stamp_of
+from mmdit.data.dataset.stamps import compare_stamp, is_elsewhere, stamp_of
 from mmdit.data.dataset.videos import VIDEO_SUFFIXES, read_video
 from mmdit.files import (
     open_regular,
@@ -329,6 +329,19 @@ def prepare_folder(
     return report
 
 
+def _note_of(folder: Path) -> Path:
+    """Return the file that says from which video a folder of frames was made."""
+    return folder.with_name(f".{folder.name}.json")
+
+
+def is_of_another_video(record: Record, folder: Path, fps: float) -> bool:
+    """Return whether `extract_frames` made a folder from a video at another place than the record's
+    and with another content."""
+    stored = read_object(_note_of(folder)).get("stamp")
+    other = is_elsewhere(record.source, stored)
+    return other and compare_stamp(record.source, stored, fps)[0] == "changed"
+
+
 def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png") -> int:
     """Write the frames of a video file as pictures into `folder`, `fps` frames a second; return
     their number.
@@ -336,7 +349,7 @@ def extract_frames(record: Record, folder: Path, fps: float, suffix: str = "png"
     The folder appears when it is complete. An existing folder, perhaps cleaned by hand, is kept
     unless it was made from another video or with another `suffix`. ValueError or OSError if the
     file cannot be used."""
-    note = folder.with_name(f".{folder.name}.json")
+    note = _note_of(folder)
 
     def write_note(stamp: dict[str, str]) -> None:
         write_atomically(note, json.dumps({"stamp": stamp, "format": suffix}))

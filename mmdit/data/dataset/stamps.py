@@ -47,9 +47,7 @@ def compare_stamp(
     try:
         source = _source(path, fps)
     except OSError:
-        file = path.path if isinstance(path, Member | VideoSpan) else path
-        elsewhere = isinstance(stored, dict) and stored.get("place") != _place(file)
-        return ("missing" if elsewhere else "gone"), None
+        return ("missing" if is_elsewhere(path, stored) else "gone"), None
     if not isinstance(stored, dict):
         same = stored is not None and stored == source.older_stamp()
         return ("older", source.stamp()) if same else ("changed", None)
@@ -60,6 +58,12 @@ def compare_stamp(
     except (OSError, Unusable):
         return "changed", None  # the error is reported when it is decoded
     return ("renewed", stamp) if stamp["content"] == stored.get("content") else ("changed", None)
+
+
+def is_elsewhere(path: str | Member | VideoSpan, stored: object) -> bool:
+    """Return whether the stamp that was `stored` is of a file at another place than `path`."""
+    file = path.path if isinstance(path, Member | VideoSpan) else path
+    return isinstance(stored, dict) and stored.get("place") != _place(file)
 
 
 def _source(path: str | Member | VideoSpan, fps: float) -> _Source | _Inside:

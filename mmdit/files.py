@@ -166,6 +166,19 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         os.replace(unfinished, path)
 
 
+def check_creatable(path: str | Path, option: str = "out") -> None:
+    """Raise ValueError, before hours of work, if the file or folder `path` of this option cannot be
+    created in the nearest folder above it that exists."""
+    nearest = Path(path) if Path(path).is_dir() else Path(path).parent
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--{option} {path} cannot be written: {nearest} is no folder that you may write to; "
+            "choose another place"
+        )
+
+
 def refuse_filled_folder(path: str | Path) -> None:
     """Raise ValueError if `path` holds anything that a new folder would replace."""
     path = Path(path)

@@ -223,3 +223,20 @@ def test_what_cannot_be_extracted_is_refused(pair, tmp_path, capsys):
     save_file(weights, base / "diffusion_pytorch_model.safetensors")
     refused(capsys, main, [*words, "--whole"], f"{NORM} holds nan or infinity")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "main, words",
+    [
+        (extract_lora.main, ["--base", "absent", "--tuned", "absent"]),
+        (export.main, ["--checkpoint", "absent", "--lora", "comfy"]),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path, capsys, main, words
+):
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    with pytest.raises(SystemExit):
+        main([*words, "--out", str(file / "lora.safetensors")])
+    assert f"{file} is no folder that you may write to" in capsys.readouterr().err

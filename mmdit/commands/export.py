@@ -16,6 +16,7 @@ from mmdit.commands.exported import Exported, places_here
 from mmdit.config import apply_overrides, decode, encode
 from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
+from mmdit.files import check_creatable
 from mmdit.interop.lora_formats import save_lora
 from mmdit.interop.wan_weights import save_dit
 from mmdit.nn.encodings import ENCODINGS
@@ -39,6 +40,7 @@ def write_export(args: argparse.Namespace, command: str) -> list[str]:
             f"--out is {args.out}, a name for files of torch.save, but safetensors are written:"
             " end it in .safetensors"
         )
+    check_creatable(args.out)
     check_overrides(args.overrides, bool(args.layout))
     write = _write_file
     if args.layout == "diffusers_pipeline":

@@ -57,11 +57,13 @@ def main(argv: list[str] | None = None) -> int:
             side_of,
             table,
         )
+        from mmdit.files import check_creatable
         from mmdit.interop.lora_formats import save_lora
         from mmdit.interop.lora_writing import check_place
         from mmdit.training.distributed import choose_device
 
         check_place(args.out, args.format)
+        check_creatable(args.out)
         if args.whole and args.format not in ("comfy", "kohya"):
             raise ValueError(
                 f"--whole writes whole differences, which {args.format} files do not hold: choose"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 
 from mmdit.config import differences
 from mmdit.data.dataset.sources import is_sheet
-from mmdit.files import expanded, open_regular, read_object, real_path, write_atomically
+from mmdit.files import (
+    check_creatable,
+    expanded,
+    open_regular,
+    read_object,
+    real_path,
+    write_atomically,
+)
 from mmdit.training.media import (
     contact_sheet,
     read_back,
@@ -53,14 +59,7 @@ def check_writable(path: str | Path, folder: bool, option: str = "out") -> None:
                 f"--{option} {path} is there, and is no report, sheet or page that a command wrote:"
                 " it would be lost; choose another name, or remove it"
             )
-    nearest = path if folder else path.parent
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--{option} {path} cannot be written: {nearest} is no folder that you may write to; "
-            "choose another place"
-        )
+    check_creatable(path, option)
 
 
 def check_files(**paths: str | None) -> None:

@@ -24,6 +24,14 @@ NEEDED = (
     "model.name_or_path",
     "model.clip",
 )
+# Keys that hold words. These decide what is drawn, and are no paths even if they begin like one.
+WORDS = (
+    "captions.trigger",
+    "captions.separator",
+    "captions.trim_keywords",
+    "train.sample_prompts",
+    "train.sample_negative_prompt",
+)
 ABSOLUTE = re.compile(r"/(?!/)|~|[A-Za-z]:[\\/]|\\\\|file:/")
 _PART = r"[^\s/\\\"'`<>|:;,()\[\]{}*?$&]"
 _POSIX = rf"(?:/{_PART}+)+/?"
@@ -60,7 +68,10 @@ def last_part(path: str) -> str:
 
 
 def local_values(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted key and the text of every value in plain data for which `is_local` holds."""
+    """Yield the dotted key and the text of every value in plain data for which `is_local` holds,
+    except those of `WORDS`."""
+    if path in WORDS:
+        return
     if isinstance(config, Mapping):
         for key, value in config.items():
             yield from local_values(value, f"{path}.{key}".lstrip("."))
@@ -74,11 +85,13 @@ def local_values(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def portable_config(config: dict, needed: tuple[str, ...] = ()) -> dict:
     """Return a config, as plain data, without the places where files lie on this machine: only the
     last part of each path stays. The paths of the keys `needed` stay whole, with `~` for the home
-    folder, so `local_values` still finds them."""
+    folder, so `local_values` still finds them. The texts of `WORDS` stay as they are."""
     return _portable(config, "", needed)
 
 
 def _portable(value: Any, path: str, needed: tuple[str, ...]) -> Any:
+    if path in WORDS:
+        return value
     if isinstance(value, Mapping):
         return {
             key: _portable(item, f"{path}.{key}".lstrip("."), needed) for key, item in value.items()

@@ -29,6 +29,7 @@ from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
 from mmdit.training.continuing import kept_no_longer, other_rate
+from mmdit.training.media import h264
 from mmdit.training.memory.assigning import assign
 from mmdit.training.metrics import MetricsLog
 from mmdit.training.train_config import TrainConfig
@@ -668,6 +669,10 @@ def test_previews_are_written_and_a_failing_one_stops_nothing(shop, monkeypatch,
         page.index("step_00000003") < page.index("step_00000002")
         and "step_00000003/grid.png" in page
     )
+    assert ("<video" in page) == h264()
+    monkeypatch.setattr("mmdit.training.media.h264", lambda: False)
+    plain = shop.train("plain", *words, cache=clips) / "samples/index.html"
+    assert '<img src="step_00000003/video.png">' in plain.read_text()
 
     def decode(self, latents):
         time.sleep(0.4)

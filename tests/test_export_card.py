@@ -121,6 +121,17 @@ def test_neither_card_nor_file_says_where_things_lie_or_who_wrote_them(shop, tmp
     assert "license" not in front_of(text)
 
 
+def test_words_that_begin_like_a_path_are_exported_as_they_are():
+    """Keep, for example, a separator `/` between a trigger word and the caption."""
+    config = encode(ExperimentConfig("x"))
+    for key in privacy.WORDS:
+        section, name = key.split(".")
+        several = isinstance(config[section][name], list)
+        config[section][name] = ["/a b", "~c"] if several else "/"
+    assert privacy.portable_config(config) == config
+    assert list(privacy.local_values(config)) == []
+
+
 def test_a_place_that_loading_needs_stays_and_is_told(shop, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
     words = ["--checkpoint", str(shop.folder / "runs/base"), "--out", str(out)]

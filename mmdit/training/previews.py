@@ -23,6 +23,7 @@ from mmdit.training.media import (
     sheet_holds,
 )
 from mmdit.training.pipeline import Pipeline, SampleSettings
+from mmdit.training.run_folder import previews_in
 from mmdit.training.trackers import Tracker
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
@@ -126,17 +127,18 @@ class Previews:
         """Write samples/index.html, the newest step first."""
         rows = []
         scores = {row.pop("step"): row for row in read_scores(self.run_dir / "samples" / SCORES)}
-        for folder in sorted((self.run_dir / "samples").glob("step_*"), reverse=True):
-            video = folder / "video.mp4"
-            clip = (
-                f'<video src="{folder.name}/video.mp4" autoplay loop muted></video>'
-                if video.exists()
-                else ""
-            )
-            title = html.escape(folder.name)
-            if values := scores.get(int(folder.name.removeprefix("step_"))):
+        for preview in reversed(previews_in(self.run_dir)):
+            folder, video = preview["folder"], preview["video"]
+            clip = ""
+            if video:  # without H.264 an animated picture
+                place = f'src="{folder}/{video}"'
+                clip = f"<img {place}>"
+                if video.endswith(".mp4"):
+                    clip = f"<video {place} autoplay loop muted></video>"
+            title = html.escape(folder)
+            if values := scores.get(preview["step"]):
                 title += f": {_score_text(values)}"
-            rows.append(f'<h3>{title}</h3><img src="{folder.name}/grid.png">{clip}')
+            rows.append(f'<h3>{title}</h3><img src="{folder}/grid.png">{clip}')
         page = "<!doctype html><meta charset=utf-8>" + "\n".join(rows)
         write_atomically(self.run_dir / "samples" / "index.html", page)
 

@@ -11,8 +11,9 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TextIO
 
 BIDIRECTIONAL = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they reorder what is shown
@@ -109,6 +110,25 @@ def plain_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def typed(name: str, argv: list[str] | None) -> str:
+    """Return the command `mmdit NAME …` in a form that can be typed again; `argv` is the argument
+    of `main`."""
+    return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def with_whole_names(words: Iterable[str], options: Collection[str]) -> list[str]:
+    """Return the words of a command line in which an option that is shortened to its first letters,
+    as argparse allows, has its whole name, one of `options`."""
+    result = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if re.fullmatch(r"--\w+", name) and name not in options:
+            meant = [option for option in options if option.startswith(name)]
+            word = f"{meant[0]}{equals}{value}" if len(meant) == 1 else word
+        result.append(word)
+    return result
 
 
 def typed_text(words: str) -> str:

@@ -492,7 +492,8 @@ def test_the_command_inside_a_sample_draws_it_again(shop, tmp_path, monkeypatch,
     rows = [{"prompt": "-x 'ü' \"$HOME\""}, {"prompt": "b", "seed": 9, "width": 32, "negative": ""}]
     rows += [{"prompt": "c", "guidance": 2.5}]
     kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command(run, tmp_path / "file", *short, "--prompts_file", kept, "--replace", "--batch_size=1")
+    shortened = ["--prompts_f", kept, "--repl", "--batch=1"]
+    command(run, tmp_path / "file", *short, *shortened)
     kept.unlink()  # a sample says everything itself
     lines = io.StringIO("a\n" + json.dumps({**rows[1], "frames": 1}) + "\nz\n")
     monkeypatch.setattr("sys.stdin", lines)

@@ -785,7 +785,7 @@ def test_a_value_of_nothing_is_refused_but_for_the_empty_prompt(capsys, words):
     [
         (sample.main, ["--prompts", "a", "--prompts", "b"], "--prompts"),
         (cache_vtp_images.main, ["--meta_jsonl", "a", "--data=b"], "--meta_jsonl"),
-        (train_t2v.main, ["--config", "a", "--config", "b"], "--config"),
+        (train_t2v.main, ["--config", "a", "--conf=b"], "--config"),
     ],
 )
 def test_what_is_read_is_named_once_for_the_first_of_two_would_be_lost(capsys, main, words, option):

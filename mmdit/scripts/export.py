@@ -21,7 +21,7 @@ them into the weights.
 
 from mmdit.commands.export import DTYPES, write_export
 from mmdit.scripts import command_parser, friendly, run
-from mmdit.scripts.parsers import typed
+from mmdit.terminal import typed
 
 
 def main(argv: list[str] | None = None) -> int:

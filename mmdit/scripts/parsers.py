@@ -1,11 +1,11 @@
 """Command-line parsers that the browser's forms can inspect; readers of whole numbers."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterable
 
 from mmdit.config import MOST_INT
+from mmdit.terminal import with_whole_names
 
 MAY_BE_EMPTY = ("--negative", "--prompts")  # an empty prompt is a valid one
 ONCE = (  # options that name an input: only the last of two would be used
@@ -27,9 +27,10 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that can be inspected: see `parser_of`. It refuses numbers beyond 64 bits, options
     that are given twice if one would be lost, and empty values, as an unset shell variable leaves:
     with these, a command would read or write the working directory, or ignore what was asked
-    for."""
+    for. `words`: the command line that was parsed, with every option by its whole name."""
 
     SHOW: list[str] = []  # this very list as arguments asks for the parser
+    words: list[str]
 
     def __init__(self, *args, **values):
         super().__init__(*args, **values)
@@ -39,6 +40,7 @@ class CommandParser(argparse.ArgumentParser):
         if args is self.SHOW:
             raise ParserShown(self)
         words = sys.argv[1:] if args is None else [str(word) for word in args]
+        words = self.words = with_whole_names(words, self._option_string_actions)
         known, names = self._option_string_actions, [word.partition("=")[0] for word in words]
         given = [known[name].dest for name in names if name in known]
         for name in ONCE:
@@ -47,9 +49,9 @@ class CommandParser(argparse.ArgumentParser):
         for before, word in zip(["", *words], words, strict=False):
             option = word.removesuffix("=") if word else before
             empty = option != word and option.startswith("--") and "=" not in option
-            if empty and not any(name.startswith(option) for name in MAY_BE_EMPTY):
+            if empty and option not in MAY_BE_EMPTY:
                 self.error(f"argument {option}: is empty; give a value, or leave it out")
-        return super().parse_intermixed_args(args, namespace)
+        return super().parse_intermixed_args(words, namespace)
 
     def refuse_idle(self, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
         """Raise ValueError for the first of the options `names` that has another value than its
@@ -79,12 +81,6 @@ def parser_of(main: Callable[[list[str] | None], int]) -> argparse.ArgumentParse
     except ParserShown as shown:
         return shown.parser
     raise AssertionError(f"{main.__module__} parsed nothing")
-
-
-def typed(name: str, argv: list[str] | None) -> str:
-    """Return the command `mmdit NAME …` in a form that can be typed again; `argv` is the argument
-    of `main`."""
-    return shlex.join(["mmdit", name, *(sys.argv[1:] if argv is None else argv)])
 
 
 def at_least(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:

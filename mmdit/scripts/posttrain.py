@@ -7,7 +7,7 @@ section posttrain: says.
 from mmdit.commands.posttrain import posttrain
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.scripts import friendly, run, training_parser
-from mmdit.scripts.parsers import typed
+from mmdit.terminal import typed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         check_arguments(args)
         refuse_idle_overrides(args.overrides)
         requests = {} if args.interactive else dict(enumerate(asked_for(args), args.first))
-        drawing, story, fps = open_drawing(args, sys.argv[1:] if argv is None else argv, world)
+        drawing, story, fps = open_drawing(args, parser.words, world)
         refuse_without_guidance(args, drawing.settings_of(requests))
         drawing.check(requests)
         with alone_in(Path(args.out), world):

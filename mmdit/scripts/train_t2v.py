@@ -13,7 +13,7 @@ from mmdit.experiment.data_sources import sources_of, with_given
 from mmdit.experiment.experiment_config import load_experiment_config
 from mmdit.experiment.run import run_training
 from mmdit.scripts import friendly, run, training_parser
-from mmdit.scripts.parsers import typed
+from mmdit.terminal import typed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -148,25 +148,28 @@ def test_the_command_reads_a_run_and_its_cache(tmp_path, capsys):
     assert nats[-4.0] > 0.5 > 0.1 > nats[-9.0], "an object of a few cells"
 
 
-def test_a_network_that_knows_crops_is_told_them_by_the_command(tmp_path, capsys, monkeypatch):
+def test_the_command_tells_crops_and_puts_prefixes_before_captions(tmp_path, capsys, monkeypatch):
     shop, seen = Workshop(tmp_path), []
     words = ["model.crop=true", "preprocess={crop: shifted, num_crops: 2}"]
     run = shop.train("crops", *words, "train.max_steps=1", cache=shop.cache("crops", *words))
 
     def levels(*arguments, **given):
-        seen.append(given["crops"])
+        seen.append((given["crops"], arguments[2]))
         return caption_levels(*arguments, **given)
 
     monkeypatch.setattr(inspect_levels, "caption_levels", levels)
     words = ["--checkpoint", str(run), "--train_cache_dir", str(tmp_path / "crops")]
-    assert inspect_levels.main([*words, "--device", "cpu", "--count", "4"]) == 0
-    (crops,) = seen
+    words += ["--device", "cpu", "--count", "4"]
+    assert inspect_levels.main(words) == 0
+    source = f"data.sources=[{{path: {tmp_path / 'crops'}, caption_prefix: 'seen: '}}]"
+    assert inspect_levels.main([*words, source]) == 0
+    (crops, captions), (_, prefixed) = seen
+    assert prefixed == [f"seen: {caption}" for caption in captions]
     assert crops.shape == (4, 4) and (crops[:, 2:] - crops[:, :2] < 1).any(), "not whole pictures"
     for path in (tmp_path / "crops").glob("*.pt"):
         item = torch.load(path)
         item["latents"].fill_(math.nan)
         torch.save(item, path)
-    words += ["--device", "cpu", "--count", "4"]
     refused(capsys, inspect_levels.main, words, "are not finite", "mmdit verify-cache --cache_dir")
 
 

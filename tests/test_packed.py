@@ -133,7 +133,9 @@ def test_packing_again_writes_only_what_changed(cache):
     last = [entry.id for entry in read_shard(sorted(out.glob("shard-*"))[-1])]
     with CacheWriter(cache, MANIFEST) as writer:
         assert writer.remove(last) == len(last)
-    assert pack(cache)["written"] == 0 and list(open_cache(out).ids) == open_cache(cache).ids
+    made = pack(cache)
+    assert made["written"] == 0 and made["removed"] == len(last)
+    assert list(open_cache(out).ids) == open_cache(cache).ids
     packing.pack_cache(cache, out, 1 << 20)
     assert [path.name for path in out.glob("shard-*")] == ["shard-00000.safetensors"] and len(
         open_cache(out)
@@ -232,6 +234,11 @@ def test_other_folders_are_refused(cache, tmp_path, capsys):
         writer.add("__metadata__", torch.zeros(1, 2, 2, 3), "")
     with pytest.raises(ValueError, match="made with other settings"):
         packing.pack_cache(tmp_path / "other", tmp_path / "packed")
+    second, packed = add(tmp_path / "second", ["elsewhere"]), tmp_path / "packed"
+    before = contents(packed)
+    with pytest.raises(ValueError, match="holds 25 packed items .* has none of them"):
+        packing.pack_cache(second, packed)
+    assert contents(packed) == before
     with pytest.raises(SystemExit):
         main(["--cache_dir", str(tmp_path / "other"), "--out_dir", str(tmp_path / "new")])
     assert "give that item another id" in capsys.readouterr().err

@@ -10,8 +10,6 @@ more cells, more frames or more channels need more noise.
 
 from dataclasses import replace
 
-import torch
-
 from mmdit.data.batches.batch_plan import BatchPlan
 from mmdit.data.batches.data_config import check_together
 from mmdit.data.batches.latent_batches import LatentBatches
@@ -19,7 +17,9 @@ from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.cache.manifest import CacheManifest
 from mmdit.data.dataset.buckets import VideoConfig
 from mmdit.diagnostics.caption_levels import caption_levels, format_levels
+from mmdit.experiment.experiment_config import ExperimentConfig
 from mmdit.experiment.load import load_pipeline
+from mmdit.files import real_path
 from mmdit.scripts import command_parser, friendly, run
 from mmdit.scripts.listing import advised
 from mmdit.scripts.parsers import at_least
@@ -30,6 +30,13 @@ def of_clips(video: VideoConfig) -> VideoConfig:
     """Return the section `video` without steps on single frames, unless there are no others: so
     clips are measured if any are drawn."""
     return video if video.image_fraction == 1 else replace(video, image_fraction=0.0)
+
+
+def prefix_of(config: ExperimentConfig, cache_dir: str) -> str:
+    """Return what training puts in front of the captions of a cache."""
+    folder = real_path(cache_dir)
+    prefixes = (s.caption_prefix for s in config.data.sources if real_path(s.path) == folder)
+    return next(prefixes, "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             captions=config.captions,
             crops=config.model.crop,
             tile=pipeline.tile and pipeline.tile[1:],
+            prefix=prefix_of(config, args.train_cache_dir),
         ).step(0)
         sound = batch.latents.isfinite().flatten(1).all(1).tolist()
         if broken := [id for id, fine in zip(batch.ids, sound, strict=True) if not fine]:
@@ -72,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"the latents of item {broken[0]!r} are not finite, and nothing can be measured on"
                 f" them: {check} names its file"
             )
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=pipeline.precision != "fp32")
-        with autocast:
+        with pipeline.autocast():
             levels = caption_levels(
                 learner,
                 batch.latents.to(device).float(),

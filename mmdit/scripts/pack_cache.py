@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{made['items']} items ({made['gigabytes']} GB) in {made['shards']} shards,"
             f" {made['written']} written now"
         )
+        if made["removed"]:
+            print(f"{made['removed']} packed items removed, which {args.cache_dir} no longer has")
         check = advised("verify-cache", "--cache_dir", args.out_dir)
         print(f"next: --train_cache_dir {shlex.quote(args.out_dir)}; {check}")
     return 0

@@ -152,6 +152,11 @@ class Pipeline:
         """Return the device on which samples are computed."""
         return self.execution_device or next(self.learner.model.parameters()).device
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which networks compute in the precision of the run."""
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, half, enabled=self.precision != "fp32")
+
     @cached_property
     def pictures(self) -> Pictures:
         first, *_ = self.model.networks().values()  # both experts of a pair get the same
@@ -255,11 +260,9 @@ class Pipeline:
         noise = draws.normal(
             purpose, learner.spec.frames(frames), rows, columns, learner.spec.channels
         )
-        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        autocast = torch.autocast(device.type, half, enabled=self.precision != "fp32")
         pictures = None if image is None else image.reshape(-1, *image.shape[-3:]).to(device)
         self.pictures.check(0 if pictures is None else len(pictures), frames)
-        with evaluating(learner, self.model), Calls() as calls, autocast, learner.eager():
+        with evaluating(learner, self.model), Calls() as calls, self.autocast(), learner.eager():
             text = learner.text_encoder(
                 [with_trigger(caption, self.captions) for caption in captions]
             )

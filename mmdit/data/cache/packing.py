@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -60,8 +61,8 @@ def pack_cache(
 
     Shards that are there and still up to date are kept: so a killed run continues, and a run after
     the cache has grown only writes what changed. Until it is finished, `out_dir` cannot be opened.
-    `folder` is not changed. ValueError if an item is damaged, or if `out_dir` is another cache or
-    holds shards of unknown origin.
+    `folder` is not changed. ValueError if an item is damaged, or if `out_dir` is another cache,
+    holds only items that `folder` lacks, or holds shards of unknown origin.
     """
     folder, out = Path(folder), Path(out_dir)
     if shard_bytes < 1:
@@ -84,13 +85,32 @@ def pack_cache(
     with (out / "manifest.json").open("rb") as manifest:
         lock(manifest)
         clean(out)
+        gone = _items_gone(cache, out)
         for path in out.glob("skipped*.jsonl"):  # of an earlier packing
             if not (folder / path.name).exists():
                 path.unlink(missing_ok=True)
         for path in folder.glob("skipped*.jsonl"):
             write_atomically(refuse_link(out / path.name), path.read_bytes())
         _note_text_encoder(out, embeddings)
-        return _pack(cache, out, shard_bytes, SUFFIXES[shard_format], embeddings)
+        made = _pack(cache, out, shard_bytes, SUFFIXES[shard_format], embeddings)
+        return made | {"removed": len(gone)}
+
+
+def _items_gone(cache: LatentCache, out: Path) -> set[str]:
+    """Return the ids of packed items that the cache no longer has, and that packing removes.
+    ValueError if all of them are gone: they are of another cache, which may not be there any more.
+    """
+    packed: set[str] = set()
+    for path in shards_of(out):
+        with contextlib.suppress(Damaged, OSError):
+            packed |= {entry.id for entry in read_shard(path)}
+    gone = packed - set(cache.ids)
+    if gone and gone == packed:
+        raise ValueError(
+            f"{out} holds {len(packed)} packed items (one is {min(gone)!r}), and {cache.folder} has"
+            " none of them: they would be lost; pack into a folder of its own, or remove that one"
+        )
+    return gone
 
 
 def _note_text_encoder(out: Path, embeddings: Embeddings | None) -> None:

@@ -436,7 +436,10 @@ def test_a_full_disk_loses_no_job(tmp_path, monkeypatch):
     monkeypatch.setattr(job_runner, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(job_runner.signal, "signal", lambda *_: None)
     monkeypatch.setattr(job_runner, "print", full, raising=False)
-    monkeypatch.setattr(Job, "argv", [sys.executable, "-c", "raise SystemExit(3)"])
+    status = str(folder / "status.json")  # the job ends once its start could be written
+    lines = ["import os, time", f"while not os.path.exists({status!r}): time.sleep(0.01)"]
+    lines.append("raise SystemExit(3)")
+    monkeypatch.setattr(Job, "argv", [sys.executable, "-c", "\n".join(lines)])
     Runner(folder).run()
     assert store.status(folder.name)["exit"] == 3 and next(failures, None) is None
 

@@ -41,8 +41,8 @@ PROBE_STEPS = 12
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything to do: a GPU gets the full amount, two CPU cores what they can do in
-    minutes."""
+    """Say how much of everything to do: a GPU gets the full amount, two CPU cores what they can do
+    in minutes."""
 
     images: int  # generated training pictures
     train_seconds: float  # time for training; the number of steps follows from the measured speed

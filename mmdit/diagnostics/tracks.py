@@ -11,7 +11,7 @@ FEWEST_SEEDS = 5
 
 @dataclass(frozen=True)
 class Track:
-    """What a record draws, and which of its rates must lie above LEVEL. `frames`, `width` and
+    """State what a record draws, and which of its rates must lie above LEVEL. `frames`, `width` and
     `height` are those of the last score of the last stage; `prompts`: the fewest prompts of a list,
     for each seed."""
 

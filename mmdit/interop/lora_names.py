@@ -13,8 +13,8 @@ from mmdit.interfaces import Denoiser
 
 @dataclass(frozen=True)
 class LoRAFormat:
-    """How one program writes adapters. `prefix`: the text before a layer's name. `down`, `up` and
-    `magnitude`: the ends of the keys of A, B and DoRA's lengths."""
+    """Describe how one program writes adapters. `prefix`: the text before a layer's name. `down`,
+    `up` and `magnitude`: the ends of the keys of A, B and DoRA's lengths."""
 
     prefix: str
     down: str
@@ -128,8 +128,8 @@ NOT_READ = {  # patterns in the keys of other adapters
 
 @dataclass(frozen=True)
 class Key:
-    """What the key of a stored tensor says: `module` and `part` under our names, the layer's name
-    as PEFT's patterns see it (`written`), and the expert of a pair that it names."""
+    """Hold what the key of a stored tensor says: `module` and `part` under our names, the layer's
+    name as PEFT's patterns see it (`written`), and the expert of a pair that it names."""
 
     module: str | None  # None: not a layer of this model
     part: str

@@ -1,5 +1,5 @@
-"""What post-training knows about moving shapes, the generated data set: prompts with facts, a
-reward that compares pictures with these, and a scorer of colour words."""
+"""Serve post-training on moving shapes, the generated data set: prompts with facts, a reward that
+compares pictures with these, and a scorer of colour words."""
 
 from __future__ import annotations
 

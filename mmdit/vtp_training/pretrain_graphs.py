@@ -51,26 +51,26 @@ class ReplayedLosses:
     ) -> StepLosses:
         keys, known = StepKeys(self.seed, step), self.known.get(target.shape)
         if known is None or not self.calls.replays(self.learner, target):
-            losses = self.learner(target, tokens, facts, self._draws(target, step, keys))
+            losses = self.learner(target, tokens, facts, self._draws(target, keys))
             self.known[target.shape] = Known(tuple(keys), tuple(losses.parts))
             return losses
         numbers = torch.tensor([keys[purpose] for purpose in known.purposes])
         given = {"target": target, "facts": facts, "keys": numbers.to(target.device)}
         if tokens is not None:
             given["tokens"] = tokens
-        total, *parts = self.calls.take(self._call(tuple(given), known, step), given)
+        total, *parts = self.calls.take(self._call(tuple(given), known), given)
         return StepLosses(total, {n: p.detach() for n, p in zip(known.parts, parts, strict=True)})
 
-    def _draws(self, target: Tensor, step: int, keys: Mapping[str, int | Tensor]) -> rng.Draws:
+    def _draws(self, target: Tensor, keys: Mapping[str, int | Tensor]) -> rng.Draws:
         places = torch.arange(len(target), device=target.device)
-        return rng.Draws(self.seed, step, places, keys=keys)
+        return rng.Draws(self.seed, 0, places, keys=keys)  # the keys say the step
 
-    def _call(self, names: tuple[str, ...], known: Known, step: int) -> Callable[..., Tensor]:
+    def _call(self, names: tuple[str, ...], known: Known) -> Callable[..., Tensor]:
         def call(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
             given = dict(zip(names, values, strict=True))
             keys = dict(zip(known.purposes, given["keys"].unbind(), strict=True))
             target, facts = given["target"], given["facts"]
-            inputs = (target, given.get("tokens"), facts, self._draws(target, step, keys))
+            inputs = (target, given.get("tokens"), facts, self._draws(target, keys))
             with casting_anew(target.device.type):
                 losses = functional_call(self.learner, weights, inputs)
             return torch.stack([losses.total, *losses.parts.values()])

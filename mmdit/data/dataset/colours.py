@@ -41,8 +41,8 @@ BRADFORD = np.array(
 
 @dataclass(frozen=True)
 class Coding:
-    """How stored numbers represent light, if not as in sRGB. `curve`: `srgb`, `pq`, `hlg`, or the
-    exponent of a power law."""
+    """Describe how stored numbers represent light, if not as in sRGB. `curve`: `srgb`, `pq`, `hlg`,
+    or the exponent of a power law."""
 
     gamut: Gamut = SRGB
     curve: str | float = "srgb"

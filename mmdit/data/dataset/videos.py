@@ -42,9 +42,9 @@ Matrix = tuple[int, int, int, int]  # a, b, c, d of ISO 14496-12, 6.2.2
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file holds, from its packets alone: the size as displayed before rotation, the time of
-    each frame, the length in seconds that the file states (0 if it states none), and the times of
-    key frames, where decoding can begin."""
+    """Hold what the packets of a file say without decoding: the size as displayed before rotation,
+    the time of each frame, the length in seconds that the file states (0 if it states none), and
+    the times of key frames, where decoding can begin."""
 
     width: int
     height: int

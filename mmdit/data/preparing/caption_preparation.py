@@ -63,7 +63,7 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """What a captioner is asked, and how its answers are treated."""
+    """Describe what a captioner is asked, and how its answers are treated."""
 
     prompts: tuple[str, ...]  # each gives one caption
     # Captions for each prompt, each with another seed.

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -236,6 +237,9 @@ def test_tensorboard_is_the_default_and_none_writes_nothing(shop):
     assert [scalar.step for scalar in events.Scalars("loss")] == [1, 2, 3]
     assert [image.step for image in events.Images("samples")] == [2, 3]
     assert not (folder / "track.json").exists()
+    # TensorBoard reads the files of a folder by name: one process must not write two in one second,
+    # of which the tenth would come before the ninth
+    time.sleep(1 - time.time() % 1)
     back_to(folder, 2)
     shop.train("default", *PREVIEWS, "--resume", "train.max_steps=4")
     events = EventAccumulator(str(folder / "tensorboard")).Reload()

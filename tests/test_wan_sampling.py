@@ -32,6 +32,21 @@ def test_schedules_are_those_of_both_codes(row):
         assert sum(t >= row["boundary"] for t in times) == row["high_noise_steps"]
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_whole_times_are_those_of_diffusers_where_float32_would_round_them_up(shift):
+    """334 is 333.99999999999994 there, which is cut off to 333."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    for steps in (3, 9, 27, 37, 111, 177, 333):
+        theirs.set_timesteps(steps)
+        times = sampling_times(FLOW, steps, shift, grid="diffusers")
+        whole = [FLOW.network_time(t).floor().item() for t in times[:-1]]
+        assert whole == theirs.timesteps.tolist(), steps
+        torch.testing.assert_close(torch.tensor(times), theirs.sigmas, rtol=0, atol=2e-7)
+
+
 def test_what_was_published_is_in_the_table():
     for row in ROWS:
         (name,) = {name for name in PUBLISHED if row["case"].lower().startswith(name.lower())}

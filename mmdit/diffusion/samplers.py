@@ -82,10 +82,14 @@ def sampling_times(
     if grid == "wan":  # starts at 0.999
         even = even * 0.999
     elif grid == "diffusers":  # ends at 0.001, from where the last step leads to 0
-        even = torch.linspace(1, 1 / 1000, steps + 1, dtype=torch.float64)
+        # in the operations of numpy.linspace: the last digit decides what is cut off to whole times
+        even = 1 + torch.arange(steps + 1, dtype=torch.float64) * ((1 / 1000 - 1) / steps)
         even[-1] = 0
     first = objective.t_start if start is None else min(start, objective.t_start)
-    times = [objective.path.snap(t) for t in (first * shift_time(even, shift)).tolist()]
+    times = (first * shift_time(even, shift)).tolist()
+    if grid == "diffusers":
+        times = [_cut_in_float32(t, objective.time_scale) for t in times]
+    times = [objective.path.snap(t) for t in times]
     if grid == "diffusers" and times[0] == 1:
         times[0] -= 1e-6  # as Diffusers does, where log(alpha / sigma) would be infinite
     if any(t <= s for t, s in zip(times, times[1:])):
@@ -96,6 +100,16 @@ def sampling_times(
             " fewer steps",
         )
     return times
+
+
+def _cut_in_float32(t: float, scale: float) -> float:
+    """Return `t`, or the time just before it if `t * scale` is so close below a whole number that
+    float32, in which networks get times, rounds it up: Diffusers cuts it off in float64."""
+    exact = torch.tensor(t * scale, dtype=torch.float64)
+    rounded = exact.float()
+    if rounded.floor() <= exact.floor():
+        return t
+    return torch.nextafter(rounded, torch.zeros_like(rounded)).item() / scale
 
 
 @torch.no_grad()

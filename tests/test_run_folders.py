@@ -12,6 +12,7 @@ from mmdit.scripts import export, train_t2v
 from mmdit.training import checkpoint, runs
 from mmdit.training.media import save_video
 from mmdit.training.origin import check_origin, sum_of
+from mmdit.training.run_folder import previews_in
 from tests.helpers import warm
 from tests.helpers.thorough import thorough
 from tests.helpers.tiny import Workshop, forget_sums, refused
@@ -72,6 +73,20 @@ def test_damaged_earlier_checkpoints_are_not_counted(tmp_path):
     (tmp_path / "checkpoints/step_00000003/optimizer.safetensors").unlink()
     saved(tmp_path, 4, keep_last=2)
     assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == [2, 3, 4]
+
+
+def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path):
+    """By name they would come before, and a number of eight digits alone would not see them."""
+    steps = [99_999_999, 100_000_000, 100_000_010, 1_000_000_000]
+    for step in steps[:3]:
+        saved(tmp_path, step)
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == steps[2]
+    saved(tmp_path, steps[3], keep_last=2)
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == steps[2:]
+    for step in steps:
+        (tmp_path / f"samples/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"samples/step_{step:08d}/grid.png").touch()
+    assert [preview["step"] for preview in previews_in(tmp_path)] == steps
 
 
 # ── sums ─────────────────────────────────────────────────────────────────────────────────────────

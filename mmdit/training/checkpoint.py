@@ -40,7 +40,7 @@ from mmdit.training.errors import RunError
 from mmdit.training.memory.shards import Chosen, Stored, write
 from mmdit.weights import bytes_of, header_of
 
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")  # as `folder_of` writes it
 FORMAT = "mmdit-checkpoint-1"
 META, NOTES = "checkpoint.json", "monitor.json"
 WEIGHTS = ("model", "ema")  # names of the files that sampling reads
@@ -239,11 +239,12 @@ def remove_partial(run_dir: Path) -> None:
 def complete(run_dir: Path) -> list[Path]:
     """Return the finished checkpoints of a run, oldest first. A checkpoint that is being written
     has another name."""
-    return sorted(
+    folders = [
         folder
         for folder in (run_dir / "checkpoints").glob("step_*")
         if _NAME.fullmatch(folder.name) and (folder / META).is_file()
-    )
+    ]
+    return sorted(folders, key=step_of)
 
 
 def problem_of(folder: Path, summed: tuple[str, ...] | None = None) -> str:

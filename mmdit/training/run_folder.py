@@ -130,7 +130,7 @@ def previews_in(run: Path) -> list[dict]:
     order of steps."""
     shown = []
     try:
-        entries = sorted(os.scandir(run / "samples"), key=lambda entry: entry.name)
+        entries = list(os.scandir(run / "samples"))
     except OSError:
         return []
     for entry in entries:
@@ -144,7 +144,7 @@ def previews_in(run: Path) -> list[dict]:
         video = next((name for name in VIDEOS if name in files), None)
         if "grid.png" in files:
             shown.append({"step": int(match[1]), "folder": entry.name, "video": video})
-    return shown
+    return sorted(shown, key=lambda preview: preview["step"])
 
 
 def sheets_in(run: Path) -> list[tuple[int, Path, Path | None]]:

@@ -199,6 +199,42 @@ def test_sixteen_bits_become_eight_by_their_share_of_the_range(tmp_path):
         load_image(tmp_path / "wide.tif")
 
 
+def tiff(bits, palette=(), *, signed=False, pixels=b"\0\1\2\xff"):
+    """Return a grey TIFF of one row, or one whose numbers are places in a `palette`."""
+    tags = {256: (8 * len(pixels) // bits,), 257: (1,), 258: (bits,), 259: (1,), 277: (1,)}
+    tags |= {262: (3 if palette else 1,), 278: (1,), 339: (2 if signed else 1,)}
+    tags |= {320: palette} if palette else {}
+    body, entries = struct.pack("<HHI", 0x4949, 42, 8 + len(pixels)) + pixels, b""
+    after = len(body) + 2 + 12 * (len(tags) + 2) + 4
+    for tag, values in sorted((tags | {273: (8,), 279: (len(pixels),)}).items()):
+        stored = struct.pack("<HH", *values, 0) if len(values) == 1 else struct.pack("<I", after)
+        entries += struct.pack("<HHI", tag, 3, len(values)) + stored
+    ends = struct.pack("<I", 0) + struct.pack(f"<{len(palette)}H", *palette)
+    return io.BytesIO(body + struct.pack("<H", len(tags) + 2) + entries + ends)
+
+
+def test_numbers_of_a_tiff_are_read_as_it_states_them_or_refused():
+    """Pillow takes -1 of 8 bits for 255, and drops the lower 8 bits of a palette's colours; of 16
+    bits with a sign, 32,767 would become grey."""
+    grey = lambda picture: np.asarray(picture)[0, :, 0].tolist()
+    assert grey(load_image(tiff(8))) == [0, 1, 2, 255]
+    small = np.array([0, 100, 255], "<i2").tobytes()
+    assert grey(load_image(tiff(16, signed=True, pixels=small))) == [0, 100, 255]
+    colours = [(level * 257, 65535 - level * 257, level * 256) for level in range(256)]
+    palette = [value for channel in zip(*colours, strict=True) for value in channel]
+    assert load_image(tiff(8, palette)).getpixel((2, 0)) == (2, 253, 2)
+    wide = np.array([0, 32767], "<i2").tobytes()
+    refused = {
+        "signed numbers of 8 bits have no stated range": tiff(8, signed=True),
+        "numbers from 0 to 32767 have no stated range": tiff(16, signed=True, pixels=wide),
+        "numbers from -1 to 0 have": tiff(16, signed=True, pixels=b"\xff\xff\0\0"),
+        "a palette in 8 bits": tiff(8, [value >> 8 for value in palette]),
+    }
+    for message, picture in refused.items():
+        with pytest.raises(Unusable, match=message):
+            load_image(picture)
+
+
 @pytest.mark.parametrize("head", [b"P6 4\xf2 4 255\n", b"P6 4 4 2\x00\n", b"P6 " + b"4" * 99])
 def test_damage_is_one_problem_whatever_the_decoder_says_of_it(tmp_path, head):
     """Reports count by it: what stands in a broken header would make each file a problem."""

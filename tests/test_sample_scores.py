@@ -505,7 +505,7 @@ def test_an_animated_picture_is_a_clip_where_an_encoder_sees_one_frame(tmp_path,
     encoder = Encoder("grey", lambda pixels: pixels.flatten(1), "pictures", CPU, {"resize": "none"})
     monkeypatch.setattr(feature_distance, "open_encoder", lambda **_: encoder)
     frames = [Image.new("RGB", (8, 8), (10 * value,) * 3) for value in range(5)]
-    for suffix in ("gif", "webp"):
+    for suffix in ("gif", "webp", "avif"):
         folder = tmp_path / suffix
         folder.mkdir()
         for name in "ab":

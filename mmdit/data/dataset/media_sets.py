@@ -28,7 +28,7 @@ from mmdit.data.dataset.workers import each
 from mmdit.files import expanded
 
 AT_ONCE = 16  # pictures that a worker reads at a time
-ANIMATIONS = {".gif", ".webp", ".png"}
+ANIMATIONS = {".gif", ".webp", ".png", ".avif"}
 
 
 @dataclass(frozen=True)

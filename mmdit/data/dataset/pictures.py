@@ -4,8 +4,8 @@ limit on pixels before anything is decoded.
 
 What is done: rotation by EXIF; conversion to sRGB by ICC profiles, and by primaries or gamma that
 PNG and AVIF state; CMYK, Lab, palettes and 16 bits to 8-bit RGB; transparency is laid on white.
-Text chunks in PNG files are not unpacked. Floating-point pictures are refused, since they state no
-range."""
+Text chunks in PNG files are not unpacked. Pictures of floating-point or signed numbers are refused,
+since they state no range."""
 
 from __future__ import annotations
 
@@ -123,6 +123,11 @@ def _tags(image: Image.Image) -> Any:
     return image.tag_v2  # type: ignore[attr-defined]
 
 
+def _has_signed_numbers(image: Image.Image) -> bool:
+    """Return whether the numbers of a picture have a sign, which a TIFF states (SampleFormat)."""
+    return image.format == "TIFF" and 2 in _tags(image).get(339, ())
+
+
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -213,6 +218,10 @@ def as_shown(image: Image.Image) -> Image.Image:
     opened, info, orientation = image, image.info, _orientation(image)
     if image.mode == "F":
         raise Unusable("floating-point images have no stated range; save as 8 or 16 bits")
+    if image.mode == "L" and _has_signed_numbers(image):  # Pillow takes -1 for 255
+        raise Unusable("signed numbers of 8 bits have no stated range; save as 8 bits, unsigned")
+    if image.format == "TIFF" and image.mode == "P" and 0 < max(_tags(image)[320]) < 256:
+        raise Unusable("a palette in 8 bits, where TIFF has 16, would be black; save as RGB")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     image, alpha = _without_alpha(image)
@@ -269,9 +278,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         inverted = image.mode != "I" and _tags(image).get(262) == 0  # zero is white
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
         low, high = cast(tuple[float, float], image.getextrema())
-        if low < 0 or high > 65535:
+        # a white of 65,535 does not fit into 16 bits with a sign
+        short = _has_signed_numbers(image) and _tags(image).get(258) == (16,)
+        if low < 0 or high > (255 if short else 65535):
             raise Unusable(
-                f"numbers from {low} to {high} have no stated range; save as 8 or 16 bits"
+                f"numbers from {low} to {high} have no stated range; save as 8 or 16 bits, unsigned"
             )
         top = 65535 if high > 255 else 255
     width, height = image.size

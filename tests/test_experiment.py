@@ -17,6 +17,8 @@ from torch import nn
 from mmdit import config as config_io
 from mmdit.adapters import is_adapter, lora_state
 from mmdit.config import ConfigError
+from mmdit.data.batches.latent_batches import contents
+from mmdit.data.cache.latent_cache import open_cache
 from mmdit.experiment import run
 from mmdit.experiment.build import build_learner, start_from
 from mmdit.experiment.experiment_config import ExperimentConfig, load_experiment_config
@@ -28,7 +30,7 @@ from mmdit.scripts import export, pack_cache, train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.dummy import DummyTokenizer
 from mmdit.training import checkpoint
-from mmdit.training.continuing import kept_no_longer, other_rate
+from mmdit.training.continuing import kept_no_longer, other_rate, same_draws
 from mmdit.training.media import h264
 from mmdit.training.memory.assigning import assign
 from mmdit.training.metrics import MetricsLog
@@ -397,12 +399,23 @@ def test_a_stop_signal_saves_and_resume_goes_on_exactly(shop, monkeypatch, capsy
     assert all(torch.equal(value, tensors(run)[name]) for name, value in tensors(whole).items())
 
 
-def test_a_resumed_run_does_not_need_the_run_it_started_from(shop):
+def test_a_resumed_run_does_not_need_the_run_it_started_from(shop, capsys):
     gone = shop.train("gone")
     run = shop.train("heir", f"train.init_from={gone}")
+    assert "the same data with the same seed (42) as there" in capsys.readouterr().out
     shutil.rmtree(gone)
     shop.train("heir", "--resume", f"train.init_from={gone}", "train.max_steps=4")
     assert checkpoint.latest(run).name == "step_00000004"
+    assert "the same data" not in capsys.readouterr().out
+
+
+def test_a_new_run_repeats_the_draws_of_another_only_with_its_seed_and_data(shop):
+    start = checkpoint.latest(shop.folder / "runs/base")
+    data = [contents(open_cache(shop.cache("pictures")))]
+    assert len(same_draws(start, 42, data)) == 1
+    assert not same_draws(start, 43, data)
+    assert not same_draws(start, 42, [data[0] | {"crc32": 1}]) and not same_draws(start, 42, [])
+    assert not same_draws(start / "model.safetensors", 42, data), "an export says nothing of data"
 
 
 # ── weights from elsewhere ────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 on a CPU bit for bit."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 from PIL import Image
 
 from mmdit.data.batches.batch_plan import BatchPlan
-from mmdit.data.batches.latent_batches import LatentBatches
+from mmdit.data.batches.latent_batches import LatentBatches, contents
 from mmdit.data.batches.on_the_fly import UnencodedItems
 from mmdit.data.cache.latent_cache import open_cache
 from mmdit.data.dataset.buckets import BucketingConfig, VideoConfig
 from mmdit.data.dataset.frames import PreprocessConfig
+from mmdit.data.dataset.members import VideoSpan
+from mmdit.data.dataset.stamps import ENDS, crc_of_ends
 from mmdit.scripts import train_t2v
 from mmdit.tokenizers import build_tokenizer
 from mmdit.tokenizers.vtp import VTPTokenizer, VTPTokenizerConfig
+from mmdit.training.continuing import other_data
 from tests.helpers.tiny import Workshop, refused
 from tests.test_cache import MeanPixels, run, write_meta
 from tests.test_clip_plan import Joining
@@ -140,6 +144,49 @@ def test_a_source_that_is_another_while_training_is_named(tmp_path):
     (tmp_path / "clip" / "3.png").unlink()
     with pytest.raises(ValueError, match="clip has changed since the training began"):
         clip.pixels(0)
+
+
+def test_a_picture_or_clip_that_was_exchanged_is_noticed_wherever_it_is(tmp_path):
+    """By what its files hold, though its size in bytes, its shape and its caption are the same."""
+    noise = np.random.default_rng(2)
+    pixels = noise.integers(0, 256, (7, 32, 32, 3), np.uint8)
+    folder = tmp_path / "first"
+    (folder / "clip").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(pixels[number]).save(folder / f"clip/{number}.bmp")
+    pictures = [Image.fromarray(part) for part in pixels[3:5]]
+    pictures[0].save(folder / "a.bmp")
+    rows = [{"id": "a", "image_path": "a.bmp", "caption": ""}]
+    write_meta(folder, rows)
+    write_meta(folder, [{"id": "c", "frames_dir": "clip", "caption": ""}], "train_videos.jsonl")
+
+    def lines(before, after, name):
+        rows = []
+        for part in (before, after):
+            items = UnencodedItems(
+                part / name, MeanPixels(), VideoConfig(32, 32), *vars(PLAIN).values()
+            )
+            rows.append(contents(items))
+        return other_data(rows[:1], rows[1:])
+
+    moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)
+    for name in ("train_images.jsonl", "train_videos.jsonl"):
+        assert lines(folder, moved, name) == []
+    pictures[1].save(moved / "a.bmp")
+    Image.fromarray(pixels[5]).save(moved / "clip/1.bmp")
+    for name in ("train_images.jsonl", "train_videos.jsonl"):
+        (line,) = lines(folder, moved, name)
+        assert "other data: before 1 items in" in line
+
+
+@pytest.mark.parametrize("size", [0, 5, ENDS - 1, ENDS + 7, 2 * ENDS + 9])
+def test_both_ends_and_the_size_of_a_file_enter_its_sum(tmp_path, size):
+    path, sums = tmp_path / "a.mp4", set()
+    for content in (bytes(size), bytes(size + 1), b"\1" + bytes(size), bytes(size) + b"\1"):
+        path.write_bytes(content)
+        sums.add(crc_of_ends(str(path)))
+    sums |= {crc_of_ends(VideoSpan(str(path), 0, end)) for end in (8, 9)}
+    assert len(sums) == (5 if size == 0 else 6)
 
 
 def test_a_run_without_a_cache_says_that_it_is_slow(pictures, tmp_path, capsys):

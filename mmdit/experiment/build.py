@@ -3,7 +3,7 @@ start from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from mmdit.nn.experts import Experts, shared_copy
 from mmdit.rng import key
 from mmdit.text_encoders import build_text_encoder
 from mmdit.training import checkpoint
-from mmdit.training.continuing import check_same_latents, trained_before
+from mmdit.training.continuing import check_same_latents, same_draws, trained_before
 from mmdit.training.expert_choice import resolved
 from mmdit.training.learner import Learner
 from mmdit.training.low_resolution import SmallClips
@@ -187,12 +187,17 @@ def starts_in_shards(learner: Learner, config: ExperimentConfig) -> bool:
 
 
 def start_from(
-    learner: Learner, config: ExperimentConfig, spec: LatentSpec, fingerprint: str
+    learner: Learner,
+    config: ExperimentConfig,
+    spec: LatentSpec,
+    fingerprint: str,
+    data: Sequence[dict[str, Any]] = (),
 ) -> list[str]:
     """Start from `train.init_from`, the (averaged) weights of another run, under this config's
     names. New adapters, and parts that are new with `model.crop`, `joint_position` or
-    `conditioning`, keep their initial values. Return lines to report: the source, and in what its
-    model or objective was configured differently (it fits, but may not be intended).
+    `conditioning`, keep their initial values. Return lines to report: the source, in what its model
+    or objective was configured differently (it fits, but may not be intended), and whether it saw
+    `data` (`contents` of sources) in the order of this run.
     """
     source = config.train.init_from
     assert source is not None, "the caller looks whether there is one"
@@ -250,6 +255,7 @@ def start_from(
         before = (old.get(section) or {}).get(name)
         changed += config_io.differences(before, new[section][name], f"{section}.{name}")
     changed = [f"configured otherwise there: {line}" for line in changed] + trained_before(old, new)
+    changed += same_draws(weights.source, new["seed"], data)
     return [
         f"starting from {weights.source}, step {weights.meta.step}",
         *(f"  {line}" for line in changed),

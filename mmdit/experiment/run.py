@@ -232,7 +232,7 @@ class Run:
     def _start_from(self) -> None:
         """Load the weights of `train.init_from`, and print what it reports."""
         spec, fingerprint = self.tokenizer.spec, self.tokenizer.fingerprint
-        for line in start_from(self.learner, self.config, spec, fingerprint):
+        for line in start_from(self.learner, self.config, spec, fingerprint, self.data):
             self.world.print(line)
 
     def continue_from_start(self) -> None:

@@ -4,7 +4,9 @@ of processes, or from a checkpoint of an older version."""
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from mmdit.training.memory.shards import local, own_rows
 from mmdit.training.train_config import TrainConfig
 from mmdit.training.train_state import TrainState
 from mmdit.weights import check_numbers
+
+SUMS = ("crc32", "files_crc32")  # in the `contents` of a source
 
 
 def facts(global_batch: int, processes: int, data: list[dict]) -> dict:
@@ -79,7 +83,9 @@ def other_data(before: list[dict], now: list[dict]) -> list[str]:
     known, lines = {row["source"]: row for row in before}, []
     for row in now:
         old = known.get(row["source"])
-        if old is not None and old["crc32"] != row["crc32"]:
+        # older versions stored no sum of files
+        sums = [name for name in SUMS if old is not None and name in old and name in row]
+        if old is not None and any(old[name] != row[name] for name in sums):
             lines.append(
                 f"other data: before {_contents(old)}, now {_contents(row)}. It goes on with these;"
                 " if that is not meant, name the data that it began with, or start a new run with"
@@ -89,7 +95,8 @@ def other_data(before: list[dict], now: list[dict]) -> list[str]:
 
 
 def _contents(row: dict) -> str:
-    return f"{row['items']} items in {row['path']} (check sum {row['crc32']:08x})"
+    sums = " ".join(f"{row[name]:08x}" for name in SUMS if name in row)
+    return f"{row['items']} items in {row['path']} (check sum {sums})"
 
 
 def _product(config: dict, seen: dict) -> str:
@@ -113,6 +120,24 @@ def trained_before(old: dict, new: dict) -> list[str]:
         "the held-out items are others than before (seed, train.val_share, train.val_every_steps):"
         " of the same cache some were trained on, and val_loss is too low by what was learned of"
         " them"
+    ]
+
+
+def same_draws(source: Path, seed: int, data: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line if the run with the checkpoint `source` had this `seed` and one of the sources
+    whose `contents` are `data`, so that a new run repeats its draws. An export does not say what it
+    was trained on."""
+    if not source.is_dir() or checkpoint.Meta.read(source).config.get("seed") != seed:
+        return []
+    try:
+        before = (checkpoint.read_notes(source) or {}).get("data") or []
+    except ValueError:  # only a run that goes on needs them
+        return []
+    if not {row["crc32"] for row in before} & {row["crc32"] for row in data}:
+        return []
+    return [
+        f"the same data with the same seed ({seed}) as there: what was drawn in its first steps"
+        " (order, noise, times) is drawn again; set another seed to draw anew"
     ]
 
 

@@ -80,15 +80,16 @@ class StepBatches(Dataset, ABC):
 def contents(cache: LatentCache, source: str = "") -> dict[str, Any]:
     """Return what tells the data of a `source` from other data, wherever and in whichever layout it
     is stored: the number of its items, and a check sum of their shapes, of the check sums of their
-    latents (missing for files that are encoded during training), and of the ids and captions of at
-    most `COMPARED` items."""
+    latents, and of the ids and captions of at most `COMPARED` items. Files that are encoded during
+    training have no latents, but a check sum `files_crc32`, see `stamps.crc_of_ends`."""
     total = zlib.crc32(cache.shapes.numpy().tobytes())
     total = zlib.crc32(cache.columns.places[:, 2].contiguous().numpy().tobytes(), total)
     for number in range(0, len(cache), math.ceil(len(cache) / COMPARED)):
         captions = all_captions(cache.captions[number], cache.facts[number])
         total = zlib.crc32("\0".join([cache.ids[number], *captions, ""]).encode(), total)
     path = with_tilde(str(cache.folder.resolve()))
-    return {"source": source, "path": path, "items": len(cache), "crc32": total}
+    files = {} if cache.files_crc is None else {"files_crc32": cache.files_crc}
+    return {"source": source, "path": path, "items": len(cache), "crc32": total, **files}
 
 
 class LatentBatches(StepBatches):

@@ -7,6 +7,7 @@ up to rounding. This is slow, and meant for trying things out.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from mmdit.data.dataset.clips import cached_frames
 from mmdit.data.dataset.frames import PreprocessConfig, boxes_of
 from mmdit.data.dataset.problems import Skip
 from mmdit.data.dataset.records import Record, media_of, read_records
+from mmdit.data.dataset.stamps import crc_of_ends
 from mmdit.interfaces import Tokenizer
 from mmdit.pixels import to_unit
 
@@ -61,12 +63,15 @@ class UnencodedItems(LatentCache):
         self.other_rates = other_rates(records, video.fps) if media == "video" else ""
         self.skips: list[Skip] = []
         self._records: dict[str, Record] = {}
-        entries = []
+        entries, crcs = [], {}
         rows = look_at(records, media, manifest.choose, preprocess, video, num_workers)
         for record, row in zip(records, rows, strict=True):
             try:
                 made = [] if isinstance(row, Skip) else list(self._entries(record, row, manifest))
-            except ValueError as error:  # too short for a tokenizer that joins frames
+                if made:
+                    crcs[record.id] = crc_of_ends(record.source)
+            except (OSError, ValueError) as error:
+                # too short for a tokenizer that joins frames, or gone
                 row = Skip.of(record, error)
                 made = []
             if isinstance(row, Skip):
@@ -80,6 +85,7 @@ class UnencodedItems(LatentCache):
                 " relative to the file's own folder."
             )
         super().__init__(path, manifest, Columns.of(entries))
+        self.files_crc = zlib.crc32(str(sorted(crcs.items())).encode())
 
     def _entries(self, record: Record, row: dict, manifest: CacheManifest) -> Iterator[Entry]:
         """Yield the cache entries of all crops of a record; `row`: its row from `look_at`."""

@@ -36,6 +36,8 @@ class LatentCache:
     written. The texts of a packed cache are read when they are asked for.
     """
 
+    files_crc: int | None = None  # of the files that are encoded during training, if they are
+
     def __init__(self, folder: Path, manifest: CacheManifest, columns: Columns):
         self.folder, self.manifest, self.columns = folder, manifest, columns
         self.ids, self.captions = columns.ids, columns.captions

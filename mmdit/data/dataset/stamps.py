@@ -9,6 +9,8 @@ still the same, and gets a new stamp; any other is encoded anew.
 For a member of an archive, `place` and `stat` use the path and times of the archive. Its content is
 hashed like that of a file, so that pictures keep their identity when they are moved into a tar.
 
+Training without a cache reads sizes and both ends of files instead, see `crc_of_ends`.
+
 Older caches hold less: the size of a picture or video file, or the number of pictures in a folder.
 Then only that is compared.
 """
@@ -19,14 +21,17 @@ import functools
 import hashlib
 import os
 import stat
+import zlib
 from typing import Literal
 
-from mmdit.data.dataset.frames import SUFFIXES
-from mmdit.data.dataset.members import Member, VideoSpan
+from mmdit.data.dataset.frames import SUFFIXES, list_frames
+from mmdit.data.dataset.members import Member, Source, VideoSpan, open_source
 from mmdit.data.dataset.problems import Unusable
 from mmdit.files import hashed
 
 State = Literal["same", "renewed", "older", "changed", "gone", "missing"]
+
+ENDS = 1 << 20  # bytes at each end of a file that `crc_of_ends` reads
 
 
 def stamp_of(path: str | Member | VideoSpan, fps: float = 0.0) -> dict[str, str]:
@@ -64,6 +69,24 @@ def is_elsewhere(path: str | Member | VideoSpan, stored: object) -> bool:
     """Return whether the stamp that was `stored` is of a file at another place than `path`."""
     file = path.path if isinstance(path, Member | VideoSpan) else path
     return isinstance(stored, dict) and stored.get("place") != _place(file)
+
+
+def crc_of_ends(path: str | Member | VideoSpan) -> int:
+    """Return a CRC-32 that tells a picture, a folder of pictures or a video from others, wherever
+    it is stored: of the size of each file and of its first and last `ENDS` bytes, and of the
+    numbers of a range of frames. OSError or ValueError if it cannot be read."""
+    files: list[Source] = [path]
+    if isinstance(path, str) and os.path.isdir(path):
+        files = [*list_frames(path)]
+    total = zlib.crc32(f"{path.first} {path.end}".encode()) if isinstance(path, VideoSpan) else 0
+    for name in files:
+        with open_source(name) as file:
+            size = file.seek(0, os.SEEK_END)
+            total = zlib.crc32(f"{size}".encode(), total)
+            for place in (0, max(ENDS, size - ENDS)):
+                file.seek(place)
+                total = zlib.crc32(file.read(ENDS), total)
+    return total
 
 
 def _source(path: str | Member | VideoSpan, fps: float) -> _Source | _Inside:

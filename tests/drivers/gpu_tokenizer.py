@@ -5,9 +5,9 @@ object.
     python -m tests.drivers.gpu_tokenizer --tiny   # on a CPU, which replays nothing: does it work?
 
 `milliseconds`: a step's, of forty after the graphs were made. `kernels`: how many of them the GPU
-works, of three steps. `different`: weights that differ from those of the first run after eighty steps, once with
-blocks compiled and once with deterministic kernels. The exit code is 1 if nothing was replayed, or
-if more weights differ than between two runs that are launched.
+works, of three steps. `different`: weights that differ from those of the first run after eighty
+steps, once with blocks compiled and once with deterministic kernels. The exit code is 1 if nothing
+was replayed, or if more weights differ than between two runs that are launched.
 """
 
 import argparse

@@ -352,6 +352,19 @@ def test_max_minutes_are_kept_by_a_run_that_was_killed(tmp_path, monkeypatch):
     assert windows_after(20, anew=False) == {} and windows_after(20, anew=True) == {22: 26}
 
 
+def test_a_resume_without_max_minutes_plans_all_steps_again(tmp_path):
+    """What fitted into the minutes was planned before."""
+    limited = configured(tmp_path / "run", max_steps=100_000, max_minutes=0.02)
+    trainer = TokenizerTrainer(limited, CPU)
+    trainer.planned = 500
+    trainer.save()
+    for minutes, planned in ((0.02, 500), (None, 100_000)):
+        again = configured(tmp_path / "run", max_steps=100_000, max_minutes=minutes)
+        resumed = TokenizerTrainer(again, CPU)
+        resumed.restore()
+        assert resumed.planned == planned
+
+
 @pytest.mark.thorough
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_been(tmp_path, capsys):
     configs = [configured(tmp_path / name, max_steps=4) for name in ("straight", "stopped")]

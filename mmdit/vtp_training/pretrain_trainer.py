@@ -214,7 +214,9 @@ class TokenizerTrainer:
         load_optimizer_tensors(self.parts, self.optimizer, stored("optimizer"))
         if self.critic is not None and self.critic_optimizer is not None:
             load_optimizer_tensors(self.critic, self.critic_optimizer, stored("critic_optimizer"))
-        self.step, self.planned = meta.step, meta.config["planned_steps"]
+        self.step = meta.step
+        if self.config.train.max_minutes is not None:  # without, `max_steps` are planned
+            self.planned = meta.config["planned_steps"]
         self.started -= meta.config.get("seconds_spent", 0.0)
         longer = meta.config["train"]["max_minutes"] != self.config.train.max_minutes
         self.windows = windows_after(self.step, longer)

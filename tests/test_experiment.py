@@ -812,6 +812,12 @@ CLIPS = ["video.num_frames=4", "model.temporal_position=false"]
             "on_change is preserve",
         ),
         (
+            [*ADAPTED, "experts={enabled: true, train: low}"]
+            + ["alpha_schedule={enabled: true, phases: [{name: a, alpha: 2, high: 3, low: 4}]}"],
+            "alpha_schedule.phases[0].high",
+            "experts.train is low",
+        ),
+        (
             [*ADAPTED, "posttrain={}", "lora.dropout=0.1"],
             "lora.dropout",
             "posttrain: what is scored again must be what was drawn",
@@ -823,6 +829,19 @@ def test_keys_without_a_part_in_a_training_are_told(shop, words, keys, reason):
     (line,) = idle_keys(config)
     assert f": {keys} (" in line and reason in line
     assert not idle_keys(load_experiment_config(shop.config))
+
+
+def test_guidance_away_from_a_prompt_that_is_never_trained_is_told(shop):
+    def lines(*words: str) -> list[str]:
+        given = ["train.cfg_dropout_prob=0", *words]
+        return idle_keys(load_experiment_config(shop.config, given))
+
+    (line,) = lines("train.sample_cfg_scale=2.5")
+    assert "guidance (train.sample_cfg_scale 2.5) leads away from the empty prompt" in line
+    assert not lines("train.sample_cfg_scale=1")
+    assert not lines("train.sample_negative_prompt=blurred")
+    assert not lines("train.init_from=runs/base")
+    assert not lines("train.sample_cfg_scale=2.5", "train.cfg_dropout_prob=0.1")
 
 
 TURNS = "experts={{enabled: true, boundary: 0.5, switch_every: {}}}"

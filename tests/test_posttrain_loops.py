@@ -11,7 +11,7 @@ import torch
 
 from mmdit.models import VideoMMDiTConfig, build_model
 from mmdit.posttrain.evaluation import Evaluator
-from mmdit.posttrain.online import online_epoch, step_terms
+from mmdit.posttrain.online import RATIO_OFF, online_epoch, step_terms
 from mmdit.posttrain.posttrain_config import (
     DPOConfig,
     KLConfig,
@@ -106,7 +106,7 @@ def first_update(folder, **changes):
     for rollout in rollouts:
         for loss, numbers in step_terms(running, rollout.to("cpu"), worth[rollout.indices]):
             loss.backward()
-            off = max(off, numbers["ratio_off"].item())
+            off = max(off, numbers[RATIO_OFF].item())
     return (
         off,
         [p.grad.clone() for p in running.learner.model.parameters() if p.grad is not None],
@@ -495,14 +495,18 @@ def test_a_little_kl_costs_no_reward_and_keeps_what_noise_would_move(tmp_path):
     assert ends[0.03, 1]["drift"] < ends[0.0, 1]["drift"] / 5
 
 
-def test_the_deviation_of_ratios_is_that_of_all_samples(tmp_path):
-    """Report it alike for any micro-batches: of one sample alone it would be 0."""
-    reported = []
+def test_what_is_reported_of_ratios_is_of_all_samples(tmp_path):
+    """Report it alike for any micro-batches: the deviation of one sample alone would be 0, and a
+    mean of largest distances is smaller than the largest of all."""
+    reported, farthest = [], []
     for size in (1, 4):
         few = {"prompts_per_epoch": 2, "group_size": 4, "micro_batch": size, "evaluated": 4}
         running = session(tmp_path, algorithm="grpo", updates_per_epoch=2, **few)
-        reported.append(online_epoch(running)["log_ratio_std"])
+        values = online_epoch(running)
+        reported.append(values["log_ratio_std"])
+        farthest.append(values["ratio_off"])
     assert reported[0] > 0 and reported[0] == pytest.approx(reported[1], rel=1e-3)
+    assert farthest[0] > 1e-3 and farthest[0] == pytest.approx(farthest[1], rel=1e-3)
 
 
 # ── C6: SRPO ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,5 @@
-"""Find settings of a configuration that have no effect in its training because of other
-settings."""
+"""Find settings of a configuration that have no effect in its training because of other settings,
+or that need others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,41 @@ def idle_keys(config: ExperimentConfig) -> list[str]:
         changed = [f"{section}.{name}" for name in changed_keys(getattr(config, section), names)]
         if changed:
             lines.append(f"without a part in this training: {', '.join(changed)} ({reason})")
+    lines += _unused_alphas(config)
+    if line := untrained_guidance(config):
+        lines.append(line)
     short = f"too short: train.max_steps is {config.train.max_steps}"
     return lines + [f"{short}, and {line}" for line in _unreached(config)]
+
+
+def _unused_alphas(config: ExperimentConfig) -> list[str]:
+    """Return a line if phases of the alpha schedule have an alpha for an expert that is not
+    trained."""
+    schedule, experts = config.alpha_schedule, config.experts
+    if not (schedule.enabled and experts.enabled and len(experts.trained) == 1):
+        return []
+    (other,) = {"high", "low"} - set(experts.trained)
+    keys = [
+        f"alpha_schedule.phases[{number}].{other}"
+        for number, phase in enumerate(schedule.phases)
+        if getattr(phase, other) is not None
+    ]
+    reason = f"experts.train is {experts.train}"
+    return [f"without a part in this training: {', '.join(keys)} ({reason})"] if keys else []
+
+
+def untrained_guidance(config: ExperimentConfig) -> str:
+    """Return a line if guidance is on by default in sampling, and leads away from an empty prompt
+    that nothing has trained; otherwise ""."""
+    train = config.train
+    guided = train.sample_cfg_scale != 1 and not train.sample_negative_prompt
+    if train.cfg_dropout_prob or not guided or train.init_from or config.model.released:
+        return ""
+    return (
+        "train.cfg_dropout_prob is 0, so no caption is dropped in training, but guidance"
+        f" (train.sample_cfg_scale {train.sample_cfg_scale:g}) leads away from the empty prompt:"
+        " set it to 0.1, or the guidance to 1"
+    )
 
 
 def _unreached(config: ExperimentConfig) -> Iterator[str]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmdit.training.distributed import World
 
-SQUARE = "_square"  # behind the name of a number: the mean of its squares
+# behind the name of a number: the mean of its squares; the number is the largest of a micro-batch
+SQUARE, LARGEST = "_square", "_largest"
 
 
 class Means:
@@ -28,9 +29,13 @@ class Means:
             self.weights[name].append(weight)
 
     def over(self, world: World) -> dict[str, float]:
-        """Return, on every process, the weighted mean of each number that any process has added."""
+        """Return, on every process, the weighted mean of each number that any process has added, or
+        the largest of those whose name ends in LARGEST, without that ending."""
         sums: dict[str, tuple[float, float]] = {}
         for name, values in self.values.items():
+            if name.endswith(LARGEST):
+                sums[name] = torch.stack(values).max().item(), 1.0
+                continue
             weights = torch.tensor(self.weights[name], dtype=torch.float64)
             weighted = torch.stack(values).cpu().double() * weights
             sums[name] = weighted.sum().item(), weights.sum().item()
@@ -38,6 +43,9 @@ class Means:
         parts = world.gather(sums)
         for name in dict.fromkeys(name for part in parts for name in part):
             there = [part[name] for part in parts if name in part]
+            if name.endswith(LARGEST):
+                means[name.removesuffix(LARGEST)] = max(value for value, _ in there)
+                continue
             means[name] = sum(total for total, _ in there) / sum(weight for _, weight in there)
         for name in [name for name in means if name.endswith(SQUARE)]:
             plain = name.removesuffix(SQUARE)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdit.interfaces import TextTokens
 from mmdit.posttrain import dynamics, losses
 from mmdit.posttrain.advantages import advantages
-from mmdit.posttrain.means import Means, moments
+from mmdit.posttrain.means import LARGEST, Means, moments
 from mmdit.posttrain.session import Session
 from mmdit.posttrain.trajectory import Rollout
 from mmdit.rng import Draws
@@ -18,6 +18,7 @@ from mmdit.training.errors import RunError
 
 # The loss of one micro-batch, and numbers to report.
 Term = tuple[Tensor, dict[str, Tensor]]
+RATIO_OFF = f"ratio_off{LARGEST}"  # the distance of a ratio from 1
 
 
 def online_epoch(session: Session) -> dict[str, float]:
@@ -52,7 +53,7 @@ def online_epoch(session: Session) -> dict[str, float]:
             if parts:
                 means.add({"loss": torch.stack(parts).sum()}, 1 / share)
         if update == 0:
-            report["replay"] = check_replay(session, means.values.get("ratio_off", []))
+            report["replay"] = check_replay(session, means.values.get(RATIO_OFF, []))
         report |= session.update()
     session.policy.renew_old(share_of_old(session))
     return report | means.over(session.world)
@@ -136,7 +137,7 @@ def step_terms(session: Session, rollout: Rollout, advantage: Tensor) -> Iterato
         off = log_ratio.detach().expm1()
         numbers = {
             "clip_share": ((off < low) | (off > high)).float().mean(),
-            "ratio_off": off.abs().max(),
+            RATIO_OFF: off.abs().max(),
             "policy_loss": loss.detach(),
             **moments("log_ratio", log_ratio),
         }

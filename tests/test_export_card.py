@@ -335,7 +335,7 @@ def test_every_form_has_its_commands():
 def test_adapters_name_their_base(shop, tmp_path, form):
     start = shop.folder / "runs/start"
     words = ["lora={enabled: true, rank: 2}", f"train.init_from={start}", "train.max_steps=1"]
-    words.append("captions.trigger=zork")
+    words.append("captions={trigger: zork, separator: ' |'}")
     run = shop.folder / "runs/adapted"
     if not run.exists():
         shop.train("adapted", *words)
@@ -347,7 +347,7 @@ def test_adapters_name_their_base(shop, tmp_path, form):
     assert card_path(out).name == {"peft": "README.md", "comfy": "adapter.md"}[form]
     assert "rank 2" in text and "[me/start](https://huggingface.co/me/start)" in text
     assert front["instance_prompt"] == "zork" and "the trigger word zork, which prompts" in text
-    assert "--prompts 'zork, a large red star" in text
+    assert "--prompts 'zork | a large red star" in text
     own = write(run, tmp_path / "own.safetensors")  # which knows the word
     assert "the trigger word zork, which is put in front of prompts that lack it" in own
 

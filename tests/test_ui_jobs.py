@@ -720,6 +720,10 @@ def test_a_prompt_of_any_letters_is_a_line_of_a_file_and_text_in_a_page(store, t
     assert shlex.split(job.line) == ["mmdit", *job.words] and isinstance(job.argv, list)
     wait(store, job, lambda state: state.is_over)
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+    new = store.read(send(client, f"/job/{job.id}/again").headers["location"].rpartition("/")[2])
+    file = store.path(new.id) / "prompts.txt"  # its own: the old job may be removed
+    assert f"--prompts_file={file}" in new.words and text_of(file).splitlines() == prompts
+    wait(store, new, lambda state: state.is_over)
     # what it printed, and what was typed, are text
     (store.path(job.id) / "log.txt").write_text(HOSTILE)
     for page in (f"/job/{job.id}", "/jobs"):

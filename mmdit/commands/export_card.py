@@ -94,8 +94,9 @@ class Card:
         self.config = portable_config(self.exported.config)
         self.stated = decode(CardConfig, self.exported.config.get("card") or {})
         words = self.exported.config.get("captions")
-        trigger = words.get("trigger") if isinstance(words, dict) else None
-        self.captions = CaptionsConfig(trigger if isinstance(trigger, str) else "")
+        stated = words if isinstance(words, dict) else {}
+        known = {name: stated.get(name) for name in ("trigger", "separator")}
+        self.captions = CaptionsConfig(**{k: v for k, v in known.items() if v and isinstance(v, str)})
         self.run = run_of(self.exported.checkpoint)
         self.records = self._records()
         self.scores: list[str] = []

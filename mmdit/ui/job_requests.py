@@ -34,7 +34,7 @@ BESIDE = {
     "evaluate-vtp": {"out": "report.json"},
     "plot-run": {"out": "curves.png"},
 }
-CONFIG_WORD = "--config="
+CONFIG_WORD, PROMPTS_WORD = "--config=", "--prompts_file="
 NEXT = "NUMBER"  # stands for the number of a job that does not exist yet
 PROMPTS = "prompts.txt"
 PROCESSES, MOST_PROCESSES = "nproc_per_node", 1024  # of torchrun, on this machine
@@ -254,9 +254,10 @@ def again(place: Workplace, old: Job) -> Job:
         words.append("--resume")
     folder = place.store.reserve()
     for number, word in enumerate(words):
-        config = Path(word.removeprefix(CONFIG_WORD))
-        if word.startswith(CONFIG_WORD) and config.parent.name == old.id:
-            copy = real_path(folder) / config.name  # the old job may be removed
-            write_atomically(copy, read_bytes(place.store.path(old.id) / config.name))
-            words[number] = CONFIG_WORD + str(copy)
+        for option in (CONFIG_WORD, PROMPTS_WORD):
+            file = Path(word.removeprefix(option))
+            if word.startswith(option) and file.parent.name == old.id:
+                copy = real_path(folder) / file.name  # the old job may be removed
+                write_atomically(copy, read_bytes(place.store.path(old.id) / file.name))
+                words[number] = f"{option}{copy}"
     return place.store.add(folder, words, old.device, old.run, old.out, old.processes, old.cwd)

@@ -96,7 +96,8 @@ class Card:
         words = self.exported.config.get("captions")
         stated = words if isinstance(words, dict) else {}
         known = {name: stated.get(name) for name in ("trigger", "separator")}
-        self.captions = CaptionsConfig(**{k: v for k, v in known.items() if v and isinstance(v, str)})
+        given = {name: word for name, word in known.items() if word and isinstance(word, str)}
+        self.captions = CaptionsConfig(**given)
         self.run = run_of(self.exported.checkpoint)
         self.records = self._records()
         self.scores: list[str] = []

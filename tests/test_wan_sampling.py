@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,18 @@ def test_whole_times_are_those_of_diffusers_where_float32_would_round_them_up(sh
         whole = [FLOW.network_time(t).floor().item() for t in times[:-1]]
         assert whole == theirs.timesteps.tolist(), steps
         torch.testing.assert_close(torch.tensor(times), theirs.sigmas, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("shift, steps", [(3.0, 98), (3.0, 325), (7.0, 329), (8.0, 151), (5.0, 50)])
+def test_whole_times_are_those_of_the_official_code(shift, steps):
+    """Its largest level is 0.999 in float32, from which numpy divides the range in float64."""
+    highest = torch.tensor(1.0 - 1 / 1000, dtype=torch.float64).float().item()
+    even = np.linspace(highest, 0.0, steps + 1)[:-1]
+    levels = shift * even / (1 + (shift - 1) * even)
+    times = sampling_times(FLOW, steps, shift, grid="wan")
+    whole = [FLOW.network_time(t).floor().item() for t in times[:-1]]
+    assert whole == np.floor(levels * 1000).tolist()
+    np.testing.assert_allclose(times[:-1], levels, rtol=0, atol=1e-7)
 
 
 def test_what_was_published_is_in_the_table():

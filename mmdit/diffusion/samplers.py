@@ -79,15 +79,15 @@ def sampling_times(
     """Return `steps + 1` decreasing times from `start` (default: the objective's `t_start`) to 0.
     On a discrete path they are times that training can draw."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if grid == "wan":  # starts at 0.999
-        even = even * 0.999
-    elif grid == "diffusers":  # ends at 0.001, from where the last step leads to 0
-        # in the operations of numpy.linspace: the last digit decides what is cut off to whole times
-        even = 1 + torch.arange(steps + 1, dtype=torch.float64) * ((1 / 1000 - 1) / steps)
+    if grid != "even":
+        # Wan begins at 0.999 in float32; Diffusers ends at 0.001, from where the last step leads to
+        # 0. The operations are those of numpy.linspace: the last digit decides about whole times.
+        high, low = (torch.tensor(0.999).item(), 0.0) if grid == "wan" else (1.0, 1 / 1000)
+        even = high + torch.arange(steps + 1, dtype=torch.float64) * ((low - high) / steps)
         even[-1] = 0
     first = objective.t_start if start is None else min(start, objective.t_start)
     times = (first * shift_time(even, shift)).tolist()
-    if grid == "diffusers":
+    if grid != "even":
         times = [_cut_in_float32(t, objective.time_scale) for t in times]
     times = [objective.path.snap(t) for t in times]
     if grid == "diffusers" and times[0] == 1:
@@ -104,7 +104,7 @@ def sampling_times(
 
 def _cut_in_float32(t: float, scale: float) -> float:
     """Return `t`, or the time just before it if `t * scale` is so close below a whole number that
-    float32, in which networks get times, rounds it up: Diffusers cuts it off in float64."""
+    float32, in which networks get times, rounds it up: Wan and Diffusers cut it off in float64."""
     exact = torch.tensor(t * scale, dtype=torch.float64)
     rounded = exact.float()
     if rounded.floor() <= exact.floor():

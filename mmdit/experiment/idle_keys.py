@@ -13,16 +13,15 @@ from mmdit.posttrain.posttrain_config import GENERATED
 
 def idle_keys(config: ExperimentConfig) -> list[str]:
     """Return a line for each reason why settings that a person changed have no effect in this
-    training, and for each setting that it is too short for. Configs that switch between two ways
-    contain such settings, so they are no error; but whoever meant them should know."""
+    training, for each setting that it is too short for, and for guidance that it does not train.
+    Configs that switch between two ways contain such settings, so they are no error; but whoever
+    meant them should know."""
     lines = []
     for reason, section, names in _rows(config):
         changed = [f"{section}.{name}" for name in changed_keys(getattr(config, section), names)]
         if changed:
             lines.append(f"without a part in this training: {', '.join(changed)} ({reason})")
-    lines += _unused_alphas(config)
-    if line := untrained_guidance(config):
-        lines.append(line)
+    lines += [*_unused_alphas(config), *_untrained_guidance(config)]
     short = f"too short: train.max_steps is {config.train.max_steps}"
     return lines + [f"{short}, and {line}" for line in _unreached(config)]
 
@@ -43,18 +42,18 @@ def _unused_alphas(config: ExperimentConfig) -> list[str]:
     return [f"without a part in this training: {', '.join(keys)} ({reason})"] if keys else []
 
 
-def untrained_guidance(config: ExperimentConfig) -> str:
+def _untrained_guidance(config: ExperimentConfig) -> list[str]:
     """Return a line if guidance is on by default in sampling, and leads away from an empty prompt
-    that nothing has trained; otherwise ""."""
+    that nothing has trained."""
     train = config.train
     guided = train.sample_cfg_scale != 1 and not train.sample_negative_prompt
     if train.cfg_dropout_prob or not guided or train.init_from or config.model.released:
-        return ""
-    return (
+        return []
+    return [
         "train.cfg_dropout_prob is 0, so no caption is dropped in training, but guidance"
         f" (train.sample_cfg_scale {train.sample_cfg_scale:g}) leads away from the empty prompt:"
         " set it to 0.1, or the guidance to 1"
-    )
+    ]
 
 
 def _unreached(config: ExperimentConfig) -> Iterator[str]:
